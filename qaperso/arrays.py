@@ -1,0 +1,137 @@
+"""Array declarations: shape, dtype, logical axes and initialiser in one place.
+
+Shapes, shardings and initial values of every parameter all come from its one declaration (ours; the idea of a single
+declaration per array is common practice in JAX code).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from qaperso.errors import UserError
+
+Tree = Any
+Rules = Sequence[tuple[str, str | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Declares one array.
+
+    Attributes:
+      shape: dimensions.
+      axes: a logical name for each dimension, None = never sharded.
+      init: "zeros", "ones", or the standard deviation of a normal distribution.
+      dtype: element type.
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str | float = "zeros"
+    dtype: Any = jnp.float32
+
+    def __post_init__(self):
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"shape {self.shape} and axes {self.axes} differ in rank")
+
+
+def is_spec(x: Any) -> bool:
+    """Whether x is a declaration (a leaf of a declaration tree)."""
+    return isinstance(x, ArraySpec)
+
+
+def fan_in(*dims: int) -> float:
+    """Standard deviation 1 / sqrt(product of the input dimensions)."""
+    return 1.0 / math.sqrt(math.prod(dims))
+
+
+def path_name(path: tuple) -> str:
+    """`layers/q` for a key path of jax.tree_util."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def map_specs(function: Callable[[str, ArraySpec], Any], specs: Tree) -> Tree:
+    """Maps function(path, spec) over a tree of declarations."""
+    return jax.tree_util.tree_map_with_path(lambda p, s: function(path_name(p), s), specs, is_leaf=is_spec)
+
+
+def abstract(specs: Tree) -> Tree:
+    """The declared tree as jax.ShapeDtypeStruct leaves."""
+    return map_specs(lambda _, s: jax.ShapeDtypeStruct(s.shape, s.dtype), specs)
+
+
+def initialise(specs: Tree, key: jax.Array) -> Tree:
+    """Draws initial values. A leaf's value depends on the key and its own path only, not on its neighbours."""
+
+    def leaf(path: str, spec: ArraySpec) -> jax.Array:
+        if spec.init in ("zeros", "ones"):
+            return jnp.full(spec.shape, 0 if spec.init == "zeros" else 1, spec.dtype)
+        number = int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "little")
+        draw = jax.random.normal(jax.random.fold_in(key, number), spec.shape, jnp.float32)
+        return (draw * spec.init).astype(spec.dtype)
+
+    return map_specs(leaf, specs)
+
+
+def shardings(specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
+    """NamedShardings from rules of (regex, mesh axis).
+
+    Each dimension is named `path:axis`; the first rule whose regex is found in that name gives its mesh axis. A
+    dimension that the mesh axis does not divide, or whose mesh axis an earlier dimension took, stays whole.
+
+    Raises:
+      UserError: a rule names a mesh axis that does not exist, or is no regular expression.
+    """
+    for pattern, target in rules:
+        if target is not None and target not in mesh.axis_names:
+            raise UserError(f"sharding rule '{pattern}' names mesh axis '{target}'; the mesh has {mesh.axis_names}")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"sharding rule '{pattern}' is not a regular expression: {error}") from error
+
+    def leaf(path: str, spec: ArraySpec) -> NamedSharding:
+        taken: list[str | None] = []
+        for size, axis in zip(spec.shape, spec.axes, strict=True):
+            name = f"{path}:{axis}"
+            target = None if axis is None else next((t for r, t in rules if re.search(r, name)), None)
+            if target is None or target in taken or size % mesh.shape[target]:
+                target = None
+            taken.append(target)
+        return NamedSharding(mesh, PartitionSpec(*taken))
+
+    return map_specs(leaf, specs)
+
+
+def tree_bytes(specs: Tree) -> int:
+    """Bytes of all declared arrays."""
+    leaves = jax.tree.leaves(specs, is_leaf=is_spec)
+    return sum(math.prod(s.shape) * jnp.dtype(s.dtype).itemsize for s in leaves)
+
+
+def flat(tree: Tree, is_leaf: Callable | None = None) -> Mapping[str, Any]:
+    """{path: leaf} in key order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+    return {path_name(p): leaf for p, leaf in leaves}
+
+
+BATCH_AXES = ("data", "fsdp")
+
+
+def constrain_batch(x: jax.Array, axis: int) -> jax.Array:
+    """Keeps dimension `axis` of an activation spread over the batch axes of the mesh in force; no mesh, no effect."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[axis] % math.prod(mesh.shape[a] for a in BATCH_AXES):
+        return x
+    spec = [None] * x.ndim
+    spec[axis] = BATCH_AXES
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))

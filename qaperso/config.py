@@ -1,0 +1,216 @@
+"""Configurations: a short Python file that starts from `default()`, and overrides from the command line."""
+
+from __future__ import annotations
+
+import ast
+import json
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from qaperso.errors import UserError, nearest
+
+# Keys that may differ between a run and its resumption: they change no number that training computes.
+OPERATIONAL = ("checkpoint_every", "log_every", "keep_latest", "keep_best", "peak_flops", "mesh", "sharding")
+CHOICES = {
+    "compat": ("", "paper"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": ("full", "dots"),
+    "trainable": ("adapters", "all"),
+    "data.format": ("synthetic", "synthetic_base", "mqdialog", "scenes"),
+    "data.names": ("visible", "masked"),
+    "data.labels": ("reply", "all"),
+    "qar.contrast": ("none", "in_batch", "prototypes"),
+    "qar.memory": ("means", "bank"),
+}
+
+
+def default() -> ConfigDict:
+    """Every key there is, with its default. Lengths are tokens, learning rates per step, weights dimensionless."""
+    c = ConfigDict()
+    c.seed = 0
+    c.steps = 1000
+    c.method = "qar"  # a file in qaperso/methods
+    c.compat = ""  # "paper" = the published numerics
+    c.base = "random"  # folder, .gguf file, package:NAME/FILE, Hub name, workdir, or "random" with `model`
+    c.trainable = "adapters"  # or "all"
+    c.dtype = "float32"  # of the base and of activations; trainables are float32
+    c.remat = "full"  # what the backward pass recomputes; "dots" keeps matmul outputs
+    c.model = ConfigDict(dict(embed=128, layers=4, heads=4, kv_heads=2, mlp=384))  # for base = "random"
+    c.data = ConfigDict(
+        dict(
+            format="synthetic",
+            path="",
+            responders=(),  # () = everybody
+            max_turns=6,
+            min_per_querier=1,
+            per_pair=6,  # embedded world: dialogues for each intent and querier
+            count=4000,  # embedded base world: dialogues
+            dev=0.1,
+            test=0.1,
+            seed=0,
+            names="visible",  # "masked": speakers are called user and assistant
+            labels="reply",  # "all": every responder turn is learned
+            clusters=16,  # 0 = as given by the data
+            spare_rows=4,
+        )
+    )
+    c.batch = ConfigDict(dict(rows=8, length=256, targets=128, dialogues=8, accumulate=1))
+    c.lora = ConfigDict(dict(rank=16, alpha=16.0, dropout=0.05))
+    c.qar = ConfigDict(
+        dict(
+            rank=16,
+            querier_embedding=True,
+            drop_row=0.15,
+            contrast="in_batch",
+            memory="means",
+            decay=0.9,
+            bank_size=64,
+            head_dim=64,
+            weight=0.5,
+            temperature=0.1,
+        )
+    )
+    c.optimizer = ConfigDict(dict(lr=1e-3, warmup=20, final=0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0))
+    c.generate = ConfigDict(dict(max_new_tokens=64, temperature=0.0, top_p=1.0))
+    c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
+    # (regex on `path:axis`, mesh axis); the first match decides.
+    c.sharding = (
+        (":embed$", "fsdp"),
+        (":(heads|kv_heads|mlp|vocab)$", "tensor"),
+        (":classes$", "fsdp"),
+    )
+    c.log_every = 10
+    c.checkpoint_every = 200  # validates on dev, then saves
+    c.dev_dialogues = 200  # read at each validation
+    c.keep_latest = 2
+    c.keep_best = 1
+    c.max_skipped = 10  # updates left out for non-finite numbers before the run stops
+    c.peak_flops = 0.0  # of all devices, FLOP/s; 0 = measured by a matmul at start
+    return c.lock()
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads `get_config()` of a Python file and applies overrides like `optimizer.lr=3e-4`.
+
+    Raises:
+      UserError: no such file, no `get_config`, an unknown key, or a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
+        raise UserError(f"config '{path}' is not a file{near}")
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise UserError(f"config '{path}' defines no get_config()")
+        config = get_config()
+    except (SyntaxError, NameError, ImportError) as error:
+        raise UserError(f"config '{path}' cannot be run: {error}") from error
+    except (AttributeError, KeyError) as error:  # ml_collections: an unknown key of a locked config
+        raise UserError(f"config '{path}' sets a key that does not exist: {str(error).splitlines()[0]}") from error
+    except TypeError as error:
+        raise UserError(f"config '{path}' sets a value of the wrong type: {error}") from error
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise UserError(f"override '--config.{text}' has no value; write --config.{text}=VALUE")
+        _override(config, key, value)
+    _check(config)
+    return config
+
+
+def keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    """Dotted names of all leaves."""
+    names: list[str] = []
+    for name in sorted(config):
+        value = config[name]
+        names += keys(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
+    return names
+
+
+def get(config: ConfigDict, key: str) -> Any:
+    """The value of a dotted key."""
+    for name in key.split("."):
+        config = config[name]
+    return config
+
+
+def _override(config: ConfigDict, key: str, text: str) -> None:
+    if key not in keys(config):
+        raise UserError(f"unknown key 'config.{key}'{nearest(key, keys(config))}")
+    *folders, leaf = key.split(".")
+    node = get(config, ".".join(folders)) if folders else config
+    old = node[leaf]
+    try:
+        value = text if isinstance(old, str) else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(old, tuple) and isinstance(value, str):
+        value = tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(old, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(old):
+        raise UserError(f"config.{key} must be {type(old).__name__} like {old!r}, found {text!r}")
+    node[leaf] = value
+
+
+def _check(config: ConfigDict) -> None:
+    for key, choices in CHOICES.items():
+        value = get(config, key)
+        if value not in choices:
+            shown = ", ".join(map(repr, choices))
+            raise UserError(f"config.{key} is {value!r}, expected one of {shown}")
+    positive = ["steps", "log_every", "checkpoint_every", "dev_dialogues", "keep_latest", "lora.rank", "qar.rank"]
+    positive += [f"batch.{k}" for k in config.batch] + ["data.max_turns", "optimizer.lr", "qar.temperature"]
+    for key in positive:
+        if get(config, key) <= 0:
+            raise UserError(f"config.{key} is {get(config, key)}, expected more than 0")
+    for key in ("data.dev", "data.test", "lora.dropout", "qar.drop_row"):
+        if not 0 <= get(config, key) < 1:
+            raise UserError(f"config.{key} is {get(config, key)}, expected a share from 0 up to, not including, 1")
+    if config.compat == "paper" and (config.qar.contrast, config.batch.dialogues) != ("prototypes", 1):
+        raise UserError("config.compat='paper' needs qar.contrast='prototypes' and batch.dialogues=1, as published")
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """A plain JSON object."""
+    return json.loads(config.to_json_best_effort())
+
+
+def from_json(data: dict[str, Any]) -> ConfigDict:
+    """The inverse of `to_json`.
+
+    Raises:
+      UserError: a key is missing or unknown, as in a record written by another version.
+    """
+    config = default()
+    for key in sorted(set(keys(config)) | set(keys(ConfigDict(data)))):
+        try:
+            value = get(ConfigDict(data), key)
+        except (KeyError, AttributeError) as error:
+            raise UserError(f"the run's record has no config.{key}; it was written by another version") from error
+        if key not in keys(config):
+            raise UserError(f"the run's record has an unknown config.{key}; it was written by another version")
+        *folders, leaf = key.split(".")
+        node = get(config, ".".join(folders)) if folders else config
+        node[leaf] = _tuples(value) if isinstance(node[leaf], tuple) else value
+    return config
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """`key: old -> new` for every key that changes what training computes."""
+    return [
+        f"{key}: {get(old, key)!r} -> {get(new, key)!r}"
+        for key in keys(new)
+        if key.split(".")[0] not in OPERATIONAL and get(old, key) != get(new, key)
+    ]

@@ -1,0 +1,71 @@
+"""From a config's data section to dialogues with splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qaperso.data import clusters, readers, splits, synthetic
+from qaperso.data.batches import Shape, make_examples
+from qaperso.data.store import Store, make_store
+from qaperso.data.text import Encoded, Template, Tokenizer, encode_dialogue
+from qaperso.errors import UserError
+from qaperso.types import Dialogue, Example, Turn
+
+
+def load_dialogues(data: Any) -> list[Dialogue]:
+    """Dialogues of `config.data`, each with a split; nothing straddles splits.
+
+    Raises:
+      UserError: no path, an unreadable file, nothing in it, or data that cannot be split.
+    """
+    if data.format == "synthetic":
+        return synthetic.make_dialogues(synthetic.make_world(data.seed), data.per_pair)
+    if data.format == "synthetic_base":
+        return synthetic.make_base_dialogues(data.seed, data.count)
+    if not data.path:
+        raise UserError(f"data.format='{data.format}' needs a file; give --config.data.path=PATH")
+    if data.format == "mqdialog":
+        if len(data.responders) > 1:
+            raise UserError(f"data.responders names {len(data.responders)}; the mqdialog format takes one or none")
+        dialogues = readers.read_mqdialog(Path(data.path), *data.responders)
+    else:
+        dialogues = readers.read_scenes(Path(data.path), data.responders, data.max_turns, data.min_per_querier)
+    dialogues = splits.split_by_group(dialogues, data.seed, data.dev, data.test)
+    splits.check_disjoint(dialogues)
+    return dialogues
+
+
+def load_store(data: Any) -> Store:
+    """Dialogues, clusters and numbers of `config.data`."""
+    dialogues = load_dialogues(data)
+    return make_store(dialogues, clusters.assign(dialogues, data.clusters, data.seed), data.spare_rows)
+
+
+def encode_split(
+    store: Store,
+    indices: np.ndarray,
+    tokenizer: Tokenizer,
+    template: Template,
+    prompt: Callable[[Dialogue], Sequence[Turn]],
+    shape: Shape,
+    names: str,
+    labels: str,
+) -> tuple[list[Example], int]:
+    """Examples of the dialogues at `indices` that fit a row, and how many did not."""
+    encoded: list[Encoded | None] = []
+    for i in indices:
+        d = store.dialogues[i]
+        turns = [*prompt(d), d.turns[-1]]
+        e = encode_dialogue(tokenizer, template, turns, d.responder, length=shape.length, labels=labels, names=names)
+        encoded.append(e if e is not None and e.predicted.sum() <= shape.targets else None)
+    examples = make_examples(store, encoded, indices)
+    if len(indices) and not examples:
+        raise UserError(
+            f"none of {len(indices)} dialogues fits batch.length={shape.length} and batch.targets={shape.targets}; "
+            "raise them"
+        )
+    return examples, len(indices) - len(examples)

@@ -1,0 +1,78 @@
+"""Scores of replies: likelihood of the true one, overlap of a generated one with it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+from rouge_score.rouge_scorer import RougeScorer
+
+from qaperso.data.batches import sequential
+from qaperso.mesh import put_batch
+from qaperso.methods import Setting, base
+from qaperso.run import Run
+from qaperso.types import Batch, Example
+
+Tree = Any
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def batch_nll(
+    setting: Setting, method: ModuleType, trainable: Tree, frozen: Tree, batch: Batch
+) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+    """Negative log-likelihood in nats and number of predicted tokens of each dialogue of a batch."""
+    params = trainable.get("base", frozen)
+    states = base.states(setting, params, batch.inputs, method.condition(setting, trainable, batch.inputs))
+    return base.dialogue_losses(batch, base.token_losses(setting, trainable, params, batch, states))
+
+
+def reply_nll(run: Run, trainable: Tree, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
+    """Reply NLL of each example in nats, float64[n], and its number of tokens."""
+    place = {e.index: i for i, e in enumerate(examples)}
+    sums, counts = np.zeros(len(examples)), np.zeros(len(examples))
+    with jax.set_mesh(run.mesh):
+        for batch, rows in sequential(examples, run.shape):
+            found = batch_nll(run.setting, run.method, trainable, run.base, put_batch(batch, run.mesh, 0))
+            total, number = map(np.asarray, found)
+            for r, row in enumerate(rows):
+                for k, e in enumerate(row):
+                    sums[place[e.index]], counts[place[e.index]] = total[r, k], number[r, k]
+    return sums, counts
+
+
+def rouge(references: Sequence[str], replies: Sequence[str]) -> dict[str, np.ndarray]:
+    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004) of each pair, by rouge-score without stemming."""
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
+    found = [scorer.score(a, b) for a, b in zip(references, replies, strict=True)]
+    names = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
+    return {ours: np.array([f[theirs].fmeasure for f in found]) for theirs, ours in names.items()}
+
+
+def bootstrap(
+    sums: np.ndarray, counts: np.ndarray, groups: Sequence[str], seed: int = 0, draws: int = 2000
+) -> dict[str, float]:
+    """Mean sum(sums) / sum(counts) with a 95% percentile interval from resampling whole groups (Efron, 1979).
+
+    Args:
+      sums, counts: numerators and denominators, float[n].
+      groups: what is resampled together, n names.
+      seed: of the resampling.
+      draws: number of resamples.
+
+    Returns:
+      {"value", "low", "high", "n"}; n counts items. With a single group there is no interval: low and high are NaN.
+    """
+    names, member = np.unique(np.asarray(groups, str), return_inverse=True)
+    total = np.bincount(member, sums, len(names))
+    number = np.bincount(member, counts, len(names))
+    low = high = float("nan")
+    if len(names) > 1:
+        picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
+        means = total[picks].sum(1) / np.maximum(number[picks].sum(1), 1e-12)
+        low, high = map(float, np.quantile(means, [0.025, 0.975]))
+    return {"value": float(total.sum() / number.sum()), "low": low, "high": high, "n": len(sums)}

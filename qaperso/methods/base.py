@@ -1,0 +1,101 @@
+"""Defaults of the method interface: plain language-model fine-tuning of whatever `declare` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qaperso import losses
+from qaperso.methods import Setting
+from qaperso.models import decoder, lora, towers
+from qaperso.models.decoder import Adapters
+from qaperso.types import Batch, Dialogue, Inputs, Turn
+
+Tree = Any
+
+
+def prompt(setting: Setting, dialogue: Dialogue) -> Sequence[Turn]:
+    """The turns that stand before the reply."""
+    return dialogue.turns[:-1]
+
+
+def declare(setting: Setting) -> tuple[Tree, Tree]:
+    """Declares the trainable tree and the memory tree (state that no gradient reaches).
+
+    With trainable = "all" the base is part of the trainable tree, under "base", and there are no adapters.
+    """
+    config = setting.config
+    if config.trainable == "all":
+        return {"base": decoder.declare(setting.model)}, {}
+    return {"lora": lora.declare(setting.model, config.lora.rank)}, {}
+
+
+def condition(setting: Setting, params: Tree, inputs: Inputs) -> Adapters:
+    """What the forward pass adds to the base for these inputs."""
+    if "lora" not in params:
+        return Adapters()
+    return Adapters(lora=lora.scaled(params["lora"], setting.config.lora.alpha, setting.config.lora.rank))
+
+
+def states(
+    setting: Setting, base: Tree, inputs: Inputs, adapters: Adapters, key: jax.Array | None = None
+) -> Float[Array, "W B S D"]:
+    """Last layer's states of each tower, before any final norm. A key switches dropout on."""
+    config = setting.config
+    x = decoder.embed(base, inputs.tokens, adapters, jnp.dtype(config.dtype))
+    mask = decoder.causal_mask(inputs.segment, inputs.attend)
+    kept = dict(remat=config.remat, dropout=config.lora.dropout, key=key)
+    x, _ = decoder.run(base, x, inputs.position, mask, setting.model, adapters, **kept)
+    return x
+
+
+def token_losses(
+    setting: Setting, params: Tree, base: Tree, batch: Batch, states: Float[Array, "W B S D"]
+) -> Float[Array, "B T"]:
+    """Negative log-likelihood of each predicted token in nats, 0 where nothing is predicted."""
+    picked = jnp.take_along_axis(states, batch.target_index[None, :, :, None], 2)
+    hidden = towers.join(params.get("tower", {}), base, picked, setting.model)
+    return losses.cross_entropy(decoder.logits(base, hidden, setting.model), batch.target, batch.weight)
+
+
+def dialogue_losses(batch: Batch, per_token: Float[Array, "B T"]) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+    """Sums of the tokens' losses and counts of tokens for each dialogue."""
+    number = jnp.arange(1, batch.inputs.present.shape[1] + 1)
+    segment = jnp.take_along_axis(batch.inputs.segment, batch.target_index, 1)
+    mine = (segment[..., None] == number).astype(per_token.dtype)
+    return jnp.einsum("bt,btm->bm", per_token, mine), jnp.einsum("bt,btm->bm", batch.weight, mine)
+
+
+def weights(setting: Setting) -> dict[str, float]:
+    """Weight of each loss term in the total."""
+    return {"lm": 1.0}
+
+
+def counts(setting: Setting, batch: Batch, memory: Tree) -> dict[str, Float[Array, ""]]:
+    """Denominator of each loss term; must not depend on parameters."""
+    return {"lm": batch.weight.sum()}
+
+
+def loss(
+    setting: Setting, params: Tree, base: Tree, batch: Batch, memory: Tree, key: jax.Array | None
+) -> tuple[dict[str, Float[Array, ""]], Tree]:
+    """Numerator of each loss term, and what `remember` is to write into memory."""
+    hidden = states(setting, base, batch.inputs, condition(setting, params, batch.inputs), key)
+    per_token = token_losses(setting, params, base, batch, hidden)
+    return {"lm": per_token.sum()}, {}
+
+
+def remember(setting: Setting, memory: Tree, update: Tree) -> Tree:
+    """The memory after a step; `update` has the micro-batches' updates on a leading axis."""
+    return memory
+
+
+def embeddings(
+    setting: Setting, params: Tree, inputs: Inputs, states: Float[Array, "W B S D"]
+) -> tuple[Float[Array, "B M D"], Int[Array, "B M"]] | None:
+    """Dialogue embeddings and their numbers of responder tokens, where the method has such."""
+    return None

@@ -1,0 +1,67 @@
+"""Low-rank adapters (Hu et al., arXiv 2106.09685) on the seven projections of a decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qaperso.arrays import ArraySpec, fan_in
+from qaperso.models.config import DecoderConfig
+
+Tree = Any
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def declare(config: DecoderConfig, rank: int) -> Tree:
+    """{target: {a [L, in, r], b [L, r, out]}}; b starts at zero, so the model starts as the base.
+
+    The scale alpha / r is not a parameter: see `scaled`.
+    """
+    q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    d, f, n = config.embed, config.mlp, config.layers
+    sizes = {
+        "q": (d, q, "embed", "heads"),
+        "k": (d, kv, "embed", "kv_heads"),
+        "v": (d, kv, "embed", "kv_heads"),
+        "o": (q, d, "heads", "embed"),
+        "gate": (d, f, "embed", "mlp"),
+        "up": (d, f, "embed", "mlp"),
+        "down": (f, d, "mlp", "embed"),
+    }
+    return {
+        name: {
+            "a": ArraySpec((n, i, rank), ("layers", i_axis, None), fan_in(i)),
+            "b": ArraySpec((n, rank, o), ("layers", None, o_axis), "zeros"),
+        }
+        for name, (i, o, i_axis, o_axis) in sizes.items()
+    }
+
+
+def scaled(tree: Tree, alpha: float, rank: int) -> Tree:
+    """Folds the scale alpha / rank into every b, once, outside the layer scan."""
+    return {name: {"a": ab["a"], "b": ab["b"] * (alpha / rank)} for name, ab in tree.items()}
+
+
+def apply(
+    tree: Tree | None, name: str, x: Float[Array, "... I"], dropout: float = 0.0, key: jax.Array | None = None
+) -> Float[Array, "... O"] | float:
+    """dropout(x) @ a @ b of one layer's adapter, 0.0 when there is none. No key, no dropout."""
+    if tree is None:
+        return 0.0
+    if key is not None and dropout:
+        keep = jax.random.bernoulli(jax.random.fold_in(key, TARGETS.index(name)), 1 - dropout, x.shape)
+        x = jnp.where(keep, x / (1 - dropout), 0)
+    return (x @ tree[name]["a"].astype(x.dtype)) @ tree[name]["b"].astype(x.dtype)
+
+
+def merge(params: Tree, tree: Tree) -> Tree:
+    """Base parameters with (scaled) adapters added into the kernels, summed in float32 (bf16 sums change outputs)."""
+    layers = dict(params["layers"])
+    for name, ab in tree.items():
+        kernel = layers[name]
+        delta = jnp.einsum("lir,lro->lio", ab["a"].astype(jnp.float32), ab["b"].astype(jnp.float32))
+        layers[name] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return {**params, "layers": layers}

@@ -1,0 +1,317 @@
+"""A run: everything a configuration stands for, and its folder.
+
+Train, evaluate, chat and whatever serves a model open runs here, so they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from qaperso import arrays, checkpoint, methods
+from qaperso import config as configs
+from qaperso.data import load, synthetic
+from qaperso.data.batches import Shape
+from qaperso.data.store import Registry, Store
+from qaperso.data.text import Encoded, Template, Tokenizer, encode_prompt, template_of
+from qaperso.errors import UserError
+from qaperso.mesh import make_mesh
+from qaperso.methods import Setting
+from qaperso.models import base as bases
+from qaperso.models import decoder, hf, lora
+from qaperso.models import tokenizer as tokenizers
+from qaperso.models.base import Location
+from qaperso.models.config import DecoderConfig, RopeScaling
+from qaperso.types import Example, Turn
+
+Tree = Any
+RECORD = "run.json"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """An opened run.
+
+    Attributes:
+      workdir: its folder.
+      setting: config, base's shape, sizes.
+      method: the module of `config.method`.
+      mesh: of the devices.
+      registry: names of queriers and responders.
+      tokenizer, template: of the base.
+      base: frozen parameters; {} when everything is trained.
+      record: what `run.json` holds.
+    """
+
+    workdir: Path
+    setting: Setting
+    method: ModuleType
+    mesh: Mesh
+    registry: Registry
+    tokenizer: Tokenizer
+    template: Template
+    base: Tree
+    record: dict
+
+    @property
+    def config(self) -> Any:
+        """The run's configuration."""
+        return self.setting.config
+
+    @property
+    def shape(self) -> Shape:
+        """Bounds of a batch."""
+        b = self.config.batch
+        return Shape(b.rows, b.length, b.targets, b.dialogues)
+
+    def params_of(self, trainable: Tree) -> Tree:
+        """The decoder's parameters: the trained ones where everything is trained, else the frozen base."""
+        return trainable.get("base", self.base)
+
+    def examples(self, store: Store, split: str, limit: int | None = None) -> tuple[list[Example], int]:
+        """Tokenised dialogues of a split (the first `limit`), and how many were left out as too long."""
+        d = self.config.data
+        prompt = functools.partial(self.method.prompt, self.setting)
+        indices = store.split(split)[:limit]
+        return load.encode_split(
+            store, indices, self.tokenizer, self.template, prompt, self.shape, d.names, d.labels
+        )
+
+
+def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
+    """Makes a run of a configuration; writes nothing.
+
+    Raises:
+      UserError: data or base do not fit the configuration.
+    """
+    method = methods.load(config.method)
+    store = load.load_store(config.data)
+    location = bases.locate(config.base)
+    tokenizer = _tokenizer(config, location)
+    template = template_of(tokenizer)
+    model = _model(config, location, tokenizer)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    if config.batch.rows % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise UserError(
+            f"batch.rows={config.batch.rows} is not a multiple of the {mesh.shape['data'] * mesh.shape['fsdp']} devices "
+            "of the mesh's data and fsdp axes"
+        )
+    clusters = 1 + max(int(store.cluster.max()), config.data.clusters - 1)
+    setting = Setting(config, model, store.registry.rows, clusters, store.classes)
+    record = {
+        "config": configs.to_json(config),
+        "model": dataclasses.asdict(model),
+        "registry": store.registry.to_json(),
+        "clusters": clusters,
+        "classes": {k: v.tolist() for k, v in store.classes.items()},
+    }
+    base, digest = load_base(config, location, model, mesh)
+    path = str(location.path.resolve()) if location.path else ""
+    record["base"] = {"name": config.base, "path": path, "sha256": digest}
+    return Run(workdir, setting, method, mesh, store.registry, tokenizer, template, base, record), store
+
+
+def open_run(workdir: Path) -> Run:
+    """Opens a run that was trained before, with the base it was trained on.
+
+    Raises:
+      UserError: no run there, or its base is gone or has changed.
+    """
+    record = read_record(workdir)
+    config = configs.from_json(record["config"])
+    model = _model_from_json(record["model"])
+    name, path = record["base"]["name"], record["base"]["path"]
+    try:
+        location = bases.locate(name)
+    except UserError:
+        # The name may have been relative to another folder.
+        if not path or not Path(path).exists():
+            raise
+        location = bases.locate(path)
+    mesh = make_mesh(-1, 1, 1)
+    tokenizer = tokenizers.load_tokenizer(Location("workdir", workdir))
+    classes = {k: jax.device_get(jnp.asarray(v, jnp.int32)) for k, v in record["classes"].items()}
+    registry = Registry.from_json(record["registry"])
+    setting = Setting(config, model, registry.rows, record["clusters"], classes)
+    base, digest = load_base(config, location, model, mesh)
+    if digest != record["base"]["sha256"]:
+        raise UserError(
+            f"{workdir}: its base '{name}' has changed since training (sha256 {digest[:12]}, recorded "
+            f"{record['base']['sha256'][:12]}); bring the old weights back or train again"
+        )
+    method = methods.load(config.method)
+    return Run(workdir, setting, method, mesh, registry, tokenizer, template_of(tokenizer), base, record)
+
+
+def read_record(workdir: Path) -> dict:
+    """The run's `run.json`.
+
+    Raises:
+      UserError: there is none, or it is broken.
+    """
+    path = workdir / RECORD
+    if not path.is_file():
+        raise UserError(f"'{workdir}' is no run: it has no {RECORD}; train first, or give the right --workdir")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is broken ({error}); the run cannot be opened") from error
+
+
+def claim_workdir(run: Run) -> None:
+    """Makes the run's folder, or checks that the folder there is this run's.
+
+    Raises:
+      UserError: it belongs to another configuration or other data, or is some other folder; nothing is touched.
+    """
+    folder = run.workdir
+    if (folder / RECORD).exists():
+        old = read_record(folder)
+        changed = configs.differences(configs.from_json(old["config"]), run.config)
+        if changed:
+            raise UserError(
+                f"{folder} is the workdir of another config ({'; '.join(changed[:4])}{'; ...' if changed[4:] else ''}); "
+                "give another --workdir, or the config it was made with"
+            )
+        for part, what in (("model", "base's shape"), ("registry", "queriers"), ("classes", "data"), ("base", "base")):
+            if json.loads(json.dumps(run.record[part])) != old[part]:
+                raise UserError(f"{folder}: the {what} changed since this run began; give another --workdir")
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not a run's folder; give a --workdir that is new or empty")
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizers.save_tokenizer(run.tokenizer, folder / "tokenizer")
+        checkpoint.write_json(folder / RECORD, run.record)
+
+
+def declare(run: Run) -> tuple[Tree, Tree]:
+    """Declarations of the run's trainable and memory trees."""
+    return run.method.declare(run.setting)
+
+
+def initialise(run: Run) -> tuple[Tree, Tree]:
+    """First values of the trainable and memory trees, on the mesh; a base that is trained starts from its weights."""
+    trainable, memory = declare(run)
+    own = {k: v for k, v in trainable.items() if k != "base"}
+    key = jax.random.key(run.config.seed)
+    place = functools.partial(arrays.shardings, mesh=run.mesh, rules=run.config.sharding)
+    values = jax.jit(lambda k: arrays.initialise(own, k), out_shardings=place(own))(key)
+    if "base" in trainable:
+        location = bases.locate(run.config.base)
+        values["base"] = load_weights(location, run.setting.model, jnp.float32, run.mesh, run.config)
+    return values, jax.jit(lambda k: arrays.initialise(memory, k), out_shardings=place(memory))(key)
+
+
+def restore(run: Run, step: int | None = None) -> tuple[Tree, Tree, int]:
+    """Trained parameters and memory: of a step, or of the checkpoint best on dev."""
+    folder = run.workdir / CHECKPOINTS
+    step = checkpoint.choose(folder) if step is None else step
+
+    def like(specs: Tree) -> Tree:
+        place = arrays.shardings(specs, run.mesh, run.config.sharding)
+        return jax.tree.map(
+            lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), arrays.abstract(specs), place
+        )
+
+    trainable, memory = declare(run)
+    return *checkpoint.load_trainable(folder, step, like(trainable), like(memory)), step
+
+
+def load_base(config: Any, location: Location, model: DecoderConfig, mesh: Mesh) -> tuple[Tree, str]:
+    """The frozen base on the mesh ({} when everything is trained) and a sha256 of where it came from."""
+    if config.trainable == "all":
+        return {}, _digest(location)
+    return load_weights(location, model, jnp.dtype(config.dtype), mesh, config), _digest(location)
+
+
+def load_weights(location: Location, model: DecoderConfig, dtype: Any, mesh: Mesh, config: Any) -> Tree:
+    """A decoder's parameters from any kind of base, each array on its shards."""
+    specs = decoder.declare(model, dtype)
+    place = arrays.shardings(specs, mesh, config.sharding)
+    if location.kind == "random":
+        # Not the key of the trainables: a base that stays the same under another method.
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        return jax.jit(lambda k: arrays.initialise(specs, k), out_shardings=place)(key)
+    if location.kind != "workdir":
+        return hf.load_params(location, model, dtype, place)
+    earlier = open_run(location.path)
+    trainable, _, _ = restore(earlier)
+    if "tower" in trainable:
+        raise UserError(f"config.base '{location.path}' is a run with two towers, which no single decoder can replace")
+    params = earlier.params_of(trainable)
+    if "lora" in trainable:
+        lora_config = earlier.config.lora
+        params = lora.merge(params, lora.scaled(trainable["lora"], lora_config.alpha, lora_config.rank))
+    return jax.tree.map(lambda x, p: jax.device_put(x.astype(dtype), p), params, place)
+
+
+def _digest(location: Location) -> str:
+    if location.kind != "workdir":
+        return hf.fingerprint(location)
+    # A run is its record and the checkpoint that is read from it.
+    record = read_record(location.path)
+    step = checkpoint.choose(location.path / CHECKPOINTS)
+    final = location.path / CHECKPOINTS / str(step) / "data" / "metadata"
+    text = json.dumps(record["config"], sort_keys=True) + f" {step} " + (final.read_text() if final.exists() else "")
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tokenizer(config: Any, location: Location) -> Tokenizer:
+    if location.kind != "random":
+        return tokenizers.load_tokenizer(location)
+    if not config.data.format.startswith("synthetic"):
+        raise UserError(
+            f"config.base='random' has a tokeniser for the embedded world only, not for data.format="
+            f"'{config.data.format}'; name a pretrained base"
+        )
+    return tokenizers.word_tokenizer(synthetic.words())
+
+
+def _model(config: Any, location: Location, tokenizer: Tokenizer) -> DecoderConfig:
+    end = template_of(tokenizer).end[0]
+    if location.kind == "random":
+        m = config.model
+        if m.heads % m.kv_heads or m.embed % m.heads:
+            raise UserError(f"config.model: heads={m.heads} must divide embed={m.embed} and be a multiple of kv_heads")
+        shape = dict(m) | {"vocab": len(tokenizer), "head_dim": m.embed // m.heads, "tied": True}
+        return DecoderConfig(**shape, eos_ids=(end,))
+    if location.kind == "workdir":
+        return _model_from_json(read_record(location.path)["model"])
+    model = hf.load_config(location)
+    return dataclasses.replace(model, eos_ids=(end, *(i for i in model.eos_ids if i != end)))
+
+
+def _model_from_json(data: dict) -> DecoderConfig:
+    scaling = data["rope_scaling"]
+    parts = {"rope_scaling": scaling and RopeScaling(**scaling), "eos_ids": tuple(data["eos_ids"])}
+    return DecoderConfig(**(data | parts))
+
+
+def prompts_of(run: Run, turn_lists: Sequence[Sequence[Turn]], responder: str) -> list[Encoded]:
+    """Prompts for generation, of at most batch.length tokens.
+
+    Raises:
+      UserError: a query alone is too long.
+    """
+    result = []
+    for turns in turn_lists:
+        length = run.config.batch.length
+        e = encode_prompt(
+            run.tokenizer, run.template, turns, responder, length=length, names=run.config.data.names
+        )
+        if e is None:
+            raise UserError(f"the query is longer than batch.length={length} tokens; shorten it: {turns[-1].text[:60]!r}")
+        result.append(e)
+    return result

@@ -1,0 +1,182 @@
+"""One optimiser step as one jitted, donated, pure function."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from types import ModuleType
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from qaperso import arrays
+from qaperso.errors import UserError
+from qaperso.methods import Setting
+
+Tree = Any
+DEAD_PARAMETER_STEPS = 20
+# Parameters that weight decay leaves alone: norms, biases, gates and anything else that is not a matrix.
+NO_DECAY = ("norm", "bias", "alpha")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything needed to continue bit for bit.
+
+    Attributes:
+      step: int32, steps done (skipped ones included).
+      trainable: what the optimiser sees.
+      optimizer: its state.
+      memory: state of the method that no gradient reaches.
+      largest: per trainable (and layer) the largest |gradient| so far, for the dead-parameter check.
+      skipped: int32, updates left out for a non-finite loss or gradient.
+    """
+
+    step: Any
+    trainable: Tree
+    optimizer: Tree
+    memory: Tree
+    largest: Tree
+    skipped: Any
+
+
+def make_optimizer(config: Any, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW (arXiv 1711.05101) behind global-norm clipping; linear warm-up, then cosine to `final` of the peak."""
+    o = config.optimizer
+    warmup = min(o.warmup, max(steps - 1, 0))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, o.lr, warmup, max(steps, warmup + 1), o.lr * o.final)
+    decay = optax.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(o.clip), decay), schedule
+
+
+def decayed(trainable: Tree) -> Tree:
+    """Which leaves weight decay applies to: matrices, by name, not by rank (stacked norms have two dimensions)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(word in arrays.path_name(path[-1:]) for word in NO_DECAY), trainable
+    )
+
+
+def init_state(optimizer: optax.GradientTransformation, trainable: Tree, memory: Tree) -> TrainState:
+    """State before the first step."""
+    largest = jax.tree_util.tree_map_with_path(lambda p, x: jnp.zeros(_check_shape(p, x)), trainable)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, trainable, optimizer.init(trainable), memory, largest, zero)
+
+
+def _check_shape(path: tuple, x: Any) -> tuple[int, ...]:
+    """Stacked leaves are checked layer by layer."""
+    names = arrays.path_name(path).split("/")
+    stacked = any(n in ("layers", "lora", "specific") for n in names)
+    return x.shape[:1] if stacked else ()
+
+
+def train_step(
+    setting: Setting,
+    method: ModuleType,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    base: Tree,
+    batch: Tree,
+    key: jax.Array,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update from K micro-batches.
+
+    Args:
+      setting, method, optimizer: static.
+      state: donated.
+      base: frozen parameters, {} when everything is trained.
+      batch: a Batch with leaves [K, ...].
+      key: of the run; the step's number is folded in.
+
+    Returns:
+      The new state, and float32 scalars: the losses (means), `loss`, `grad_norm`, `tokens`, `finite`. Where loss or
+      gradient norm is not finite, parameters, moments and memory stay as they were.
+    """
+    count = jax.tree.leaves(batch)[0].shape[0]
+    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, state.step), i))(jnp.arange(count))
+    term_weights = method.weights(setting)
+    each = jax.lax.map(lambda b: method.counts(setting, b, state.memory), batch)
+    counts = jax.tree.map(lambda c: jnp.maximum(c.sum(), 1), each)
+
+    def objective(trainable: Tree, micro: Tree, micro_key: jax.Array) -> tuple[Array, tuple]:
+        params = trainable.get("base", base)
+        sums, update = method.loss(setting, trainable, params, micro, state.memory, micro_key)
+        means = {name: sums[name] / counts[name] for name in sums}
+        return sum(term_weights[name] * mean for name, mean in means.items()), (means, update)
+
+    def accumulate(total: Tree, scanned: tuple) -> tuple[Tree, Tree]:
+        (loss, (means, update)), gradient = jax.value_and_grad(objective, has_aux=True)(state.trainable, *scanned)
+        return jax.tree.map(jnp.add, total, (gradient, {"loss": loss, **means})), update
+
+    zeros = {"loss": jnp.zeros(()), **{name: jnp.zeros(()) for name in term_weights}}
+    start = (jax.tree.map(jnp.zeros_like, state.trainable), zeros)
+    (gradient, metrics), update = jax.lax.scan(accumulate, start, (batch, keys))
+
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    updates, moments = optimizer.update(gradient, state.optimizer, state.trainable)
+    new = (optax.apply_updates(state.trainable, updates), moments, method.remember(setting, state.memory, update))
+    old = (state.trainable, state.optimizer, state.memory)
+    trainable, moments, memory = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    largest = jax.tree.map(
+        lambda m, g: jnp.where(finite, jnp.maximum(m, jnp.abs(g).reshape(*m.shape, -1).max(-1)), m),
+        state.largest,
+        gradient,
+    )
+    skipped = state.skipped + (~finite).astype(jnp.int32)
+    metrics |= {"grad_norm": norm, "tokens": (batch.inputs.segment > 0).sum().astype(jnp.float32)}
+    metrics |= {"predicted": counts["lm"], "finite": finite.astype(jnp.float32), "skipped": skipped.astype(jnp.float32)}
+    return TrainState(state.step + 1, trainable, moments, memory, largest, skipped), metrics
+
+
+def dead_parameters(largest: Tree) -> list[str]:
+    """Names of trainables (and layers) whose gradient has been exactly zero throughout."""
+    dead = []
+    for name, value in arrays.flat(largest).items():
+        value = np.asarray(value)
+        if value.ndim == 0 and value == 0:
+            dead.append(name)
+        elif value.ndim and (value == 0).all():
+            dead.append(f"{name} (every layer)")
+        elif value.ndim:
+            dead += [f"{name} (layer {i})" for i in np.flatnonzero(value == 0)]
+    return dead
+
+
+def check_alive(largest: Tree) -> None:
+    """Stops a run that declares a trainable no gradient reaches.
+
+    Raises:
+      UserError: naming parameters and layers.
+    """
+    if dead := dead_parameters(largest):
+        raise UserError(
+            f"no gradient reached {', '.join(dead[:6])}{' and more' if len(dead) > 6 else ''} in the first "
+            f"{DEAD_PARAMETER_STEPS} steps; a trainable that cannot learn is a mistake in method or data: "
+            "check that its loss term has anchors (more queriers or fewer clusters per batch), or do not declare it"
+        )
+
+
+def params_hash(trainable: Tree) -> str:
+    """sha256 over the trainable leaves in key order: name, dtype, shape, bytes."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(arrays.flat(trainable).items()):
+        value = np.asarray(leaf)
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def step_flops(trainable: Tree, base: Tree, tokens: int) -> float:
+    """Model FLOPs of one training step: 2 per parameter and token forward, twice that backward through activations,
+    and again for gradients of trainable kernels. Embedding tables are look-ups and count nothing."""
+
+    def size(tree: Tree) -> int:
+        return sum(math.prod(x.shape) for n, x in arrays.flat(tree).items() if not n.endswith(("embed", "rows")))
+
+    return float(tokens) * (4.0 * (size(base) + size(trainable)) + 2.0 * size(trainable))

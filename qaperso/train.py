@@ -1,0 +1,244 @@
+"""python -m qaperso.train --config configs/x.py --workdir DIR [--config.key=value ...]
+
+Trains, or goes on where the workdir's newest checkpoint stopped. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM
+after saving.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from rich.console import Console
+from rich.table import Table
+
+from qaperso import arrays, checkpoint, metrics, step
+from qaperso import config as configs
+from qaperso.data import batches, paper
+from qaperso.data.store import Store
+from qaperso.errors import UserError, command
+from qaperso.eval import scores
+from qaperso.mesh import put_batch, start_runtime
+from qaperso.run import CHECKPOINTS, Run, claim_workdir, initialise, new_run
+from qaperso.types import Batch, Example
+
+Tree = Any
+STOPPED = 143
+
+
+def train(config: Any, workdir: Path) -> int:
+    """Trains one run to its last step, from wherever it is. Returns the exit code."""
+    # 1. Data, base, and the folder, in that order: bad input is found before anything is written.
+    run, store = new_run(config, workdir)
+    examples, left_out = run.examples(store, "train")
+    if not examples:
+        raise UserError(f"no training dialogue fits batch.length={config.batch.length}; raise it")
+    dev, _ = run.examples(store, "dev", config.dev_dialogues)
+    claim_workdir(run)
+
+    # 2. State: new, or the newest checkpoint's.
+    optimizer, schedule = step.make_optimizer(config, config.steps)
+    trainable, memory = initialise(run)
+    state = jax.jit(functools.partial(step.init_state, optimizer))(trainable, memory)
+    writer = checkpoint.Writer(workdir / CHECKPOINTS, config.keep_latest, config.keep_best)
+    start = writer.latest() or 0
+    if start:
+        state = writer.restore(start, state)
+    describe(run, state.trainable, store, examples, left_out, start)
+
+    # 3. Batches of the plan, the jitted step, and who listens.
+    feed, rebuild = make_feed(run, examples, start)
+    advance = jax.jit(functools.partial(step.train_step, run.setting, run.method, optimizer), donate_argnums=0)
+    key = jax.random.key(config.seed)
+    log = Log(run, state.trainable, start, schedule, rebuild)
+    stop = StopSignal()
+
+    # 4. The loop. Metrics are fetched one step late, so that dispatch never waits for them.
+    with jax.set_mesh(run.mesh), stop:
+        pending, validated, code = None, {}, 0
+        for number in range(start + 1, config.steps + 1):
+            state, fresh = advance(state, run.base, put_batch(next(feed), run.mesh, 1), key)
+            pending = log.step(pending, (number, fresh))
+            if number == step.DEAD_PARAMETER_STEPS:
+                step.check_alive(jax.device_get(state.largest))
+            last = number == config.steps
+            if last or number % config.checkpoint_every == 0:
+                pending = log.step(pending, None)
+                validated = validate(run, state.trainable, dev)
+                log.write(number, validated)
+                writer.save(number, state, validated or None)
+            if not last and stop.agreed():
+                pending = log.step(pending, None)
+                writer.save(number, state, None)
+                print(f"stopped by SIGTERM at step {number}; saved, run again to go on", file=sys.stderr)
+                code = STOPPED
+                break
+    writer.close()
+    log.close()
+    if code == 0 and jax.process_index() == 0:
+        digest = step.params_hash(jax.device_get(state.trainable))
+        print(f"final step={config.steps} loss={log.last_loss(workdir)!r} params=sha256:{digest}")
+    return code
+
+
+def make_feed(run: Run, examples: Sequence[Example], start: int) -> tuple[Iterator[Batch], Any]:
+    """The run's batches from step `start` on, and a function that makes the batch of any step again."""
+    config = run.config
+    accumulate = config.batch.accumulate
+    plan = batches.Plan(examples, run.shape, config.seed, accumulate * run.shape.rows)
+    contrast = config.qar.contrast if config.method == "qar" else "none"
+    rows = config.method == "qar" and config.qar.querier_embedding and not config.compat
+    rule = (accumulate, config.qar.drop_row if rows else None, contrast)
+
+    def publish(batch: Batch) -> Batch:
+        return paper.as_published(batch, run.setting.model.eos_ids[0]) if config.compat == "paper" else batch
+
+    feed = map(publish, batches.stream(plan, examples, start, config.steps, *rule))
+    return feed, lambda number: publish(batches.plan_batch(plan, examples, number, *rule))
+
+
+def validate(run: Run, trainable: Tree, dev: Sequence[Example]) -> dict[str, float]:
+    """Reply NLL on dev, nats per token over all tokens; {} where there is no dev dialogue."""
+    if not dev:
+        return {}
+    sums, counts = scores.reply_nll(run, trainable, dev)
+    return {checkpoint.METRIC: float(sums.sum() / counts.sum())}
+
+
+class StopSignal:
+    """Listens for SIGTERM; all hosts agree on the step at which they stop."""
+
+    def __init__(self) -> None:
+        self._heard = False
+
+    def __enter__(self) -> StopSignal:
+        self._before = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _hear(self, *_: Any) -> None:
+        self._heard = True
+
+    def agreed(self) -> bool:
+        """Whether any host was told to stop."""
+        if jax.process_count() == 1:
+            return self._heard
+        return bool(multihost_utils.process_allgather(np.asarray(self._heard)).any())
+
+
+class Log:
+    """Writes what steps report, and stops a run whose numbers have gone bad."""
+
+    def __init__(self, run: Run, trainable: Tree, start: int, schedule: Any, rebuild: Any):
+        config = run.config
+        self._run, self._schedule, self._rebuild = run, schedule, rebuild
+        self._main = jax.process_index() == 0
+        peak = config.peak_flops or metrics.measure_peak(config.dtype)
+        flops = step.step_flops(trainable, run.base, 1)
+        self._meter = metrics.Meter(flops, peak, config.steps)
+        self._progress = metrics.Progress(start, config.steps)
+        self._writer = metrics.MetricsWriter(run.workdir, start) if self._main else None
+
+    def step(self, pending: tuple[int, Tree] | None, fresh: tuple[int, Tree] | None) -> tuple[int, Tree] | None:
+        """Reports the step before; returns what is to be reported next time."""
+        if pending is not None:
+            number, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
+            self._meter.count(values["tokens"])
+            if not values["finite"]:
+                self._bad(number, values)
+            config = self._run.config
+            if number % config.log_every == 0 or number == config.steps:
+                speed = self._meter.report(number)
+                values["learning_rate"] = float(self._schedule(number - 1))
+                self.write(number, values | {k: v for k, v in speed.items() if not math.isnan(v)})
+        return fresh
+
+    def write(self, number: int, values: dict[str, float]) -> None:
+        """One line of metrics."""
+        if self._main and values:
+            self._writer.write(number, values)
+            self._progress.show(number, values)
+
+    def _bad(self, number: int, values: dict[str, float]) -> None:
+        print(f"step {number}: loss or gradient is not finite; the update was left out", file=sys.stderr)
+        if values["skipped"] > self._run.config.max_skipped:
+            path = self._run.workdir / f"bad_batch_{number}.npz"
+            np.savez(path, **arrays.flat(self._rebuild(number - 1)))
+            raise UserError(
+                f"{int(values['skipped'])} updates had a loss or gradient that is not finite, more than "
+                f"max_skipped={self._run.config.max_skipped}; the batch of step {number} is in {path}; "
+                "lower optimizer.lr, or look at the data"
+            )
+
+    def last_loss(self, workdir: Path) -> float:
+        """Loss of the last step, from the record."""
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return next((v["loss"] for v in map(json.loads, reversed(lines)) if "loss" in v), math.nan)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        self._progress.close()
+        if self._writer:
+            self._writer.close()
+
+
+def describe(run: Run, trainable: Tree, store: Store, examples: Sequence[Example], left_out: int, start: int) -> None:
+    """Overview of parameters and data, before the first step."""
+    if jax.process_index() != 0:
+        return
+    table = Table(title=f"{run.config.method} in {run.workdir}" + (f", going on at step {start}" if start else ""))
+    for column in ("trainable", "shape", "values", "mean |x|", "sharding"):
+        table.add_column(column, justify="left" if column == "trainable" else "right")
+    total = 0
+    for name, x in arrays.flat(trainable).items():
+        total += x.size
+        spread = f"{float(jnp.abs(x).mean()):.2e}"
+        table.add_row(name, "x".join(map(str, x.shape)), f"{x.size:,}", spread, str(x.sharding.spec))
+    frozen = sum(x.size for x in jax.tree.leaves(run.base))
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
+    console.print(table)
+    tokens, cut = sum(map(len, examples)), sum(e.cut for e in examples)
+    names = run.registry
+    print(
+        f"{total:,} trainable and {frozen:,} frozen values; {len(examples)} training dialogues of {len(names.queriers)} "
+        f"queriers and {len(names.responders)} responders, {tokens:,} tokens; {cut:,} tokens of old turns cut, "
+        f"{left_out} dialogues left out as too long; mesh {dict(run.mesh.shape)}",
+        file=sys.stderr,
+    )
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m qaperso.train", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; resumed when it has one")
+    known, rest = parser.parse_known_args(arguments)
+    overrides = []
+    for i, text in enumerate(rest):
+        if text.startswith("--config."):
+            value = text.removeprefix("--config.")
+            if "=" not in value and i + 1 < len(rest) and not rest[i + 1].startswith("--"):
+                value += "=" + rest[i + 1]
+            overrides.append(value)
+        elif not (i and rest[i - 1].startswith("--config.") and "=" not in rest[i - 1]):
+            raise UserError(f"unknown argument '{text}'; options are --config, --workdir and --config.KEY=VALUE")
+    start_runtime()
+    return train(configs.load(known.config, overrides), Path(known.workdir))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

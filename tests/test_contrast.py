@@ -1,0 +1,144 @@
+"""Contrast masks against their definition, pair by pair."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qaperso.data.contrast import anchors, contrast_masks
+
+FIELDS = ("querier", "responder", "cluster", "text", "index")
+
+
+def table(records: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
+    return {name: np.array([r[i] for r in records], np.int32) for i, name in enumerate(FIELDS)}
+
+
+# (querier, responder, cluster, text); few values, so that every kind of coincidence is common.
+dialogue = st.tuples(st.integers(-1, 2), st.integers(0, 1), st.integers(0, 1), st.integers(0, 2))
+record = st.tuples(dialogue, st.integers(-1, 5)).map(lambda x: (*x[0], x[1]))
+
+
+def batches(n: int | None = None) -> st.SearchStrategy[dict[str, np.ndarray]]:
+    """Dialogues numbered in order, as a batch has them."""
+    sizes = {"min_size": n or 1, "max_size": n or 9}
+    return st.lists(dialogue, **sizes).map(lambda ds: table([(*d, i) for i, d in enumerate(ds)]))
+
+
+def tables(n: int | None = None) -> st.SearchStrategy[dict[str, np.ndarray]]:
+    return st.lists(record, min_size=n or 1, max_size=n or 9).map(table)
+
+
+def by_definition(rows: dict, columns: dict) -> tuple[np.ndarray, np.ndarray]:
+    n, k = len(rows["index"]), len(columns["index"])
+    positives, candidates = np.zeros((n, k), bool), np.zeros((n, k), bool)
+    for i in range(n):
+        for j in range(k):
+            a = {name: int(rows[name][i]) for name in FIELDS}
+            b = {name: int(columns[name][j]) for name in FIELDS}
+            if a["querier"] < 0 or b["querier"] < 0:
+                continue
+            if (a["responder"], a["cluster"]) != (b["responder"], b["cluster"]):
+                continue
+            if a["querier"] != b["querier"]:
+                candidates[i, j] = True
+            elif a["text"] != b["text"] or a["index"] == b["index"] != -1:
+                positives[i, j] = candidates[i, j] = True
+    return positives, candidates
+
+
+def part(columns: dict, span: slice) -> dict:
+    return {name: column[span] for name, column in columns.items()}
+
+
+@settings(max_examples=150, deadline=None)
+@given(tables(), tables())
+def test_definition(rows, columns):
+    for got, expected in zip(contrast_masks(rows, columns), by_definition(rows, columns), strict=True):
+        assert got.dtype == np.bool_
+        np.testing.assert_array_equal(got, expected)
+
+
+@settings(max_examples=25, deadline=None)
+@given(tables(6), tables(4))
+def test_jax_gives_the_same(rows, columns):
+    on_device = contrast_masks(*({k: jnp.asarray(v) for k, v in t.items()} for t in (rows, columns)))
+    on_host = contrast_masks(rows, columns)
+    for got, expected in zip(on_device, on_host, strict=True):
+        np.testing.assert_array_equal(np.asarray(got), expected)
+    np.testing.assert_array_equal(np.asarray(anchors(*on_device)), anchors(*on_host))
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.integers(1, 4), st.integers(1, 4))
+def test_tiles_make_the_whole(batch, height, width):
+    n = len(batch["index"])
+    tiles = [
+        [
+            contrast_masks(part(batch, slice(i, i + height)), part(batch, slice(j, j + width)))
+            for j in range(0, n, width)
+        ]
+        for i in range(0, n, height)
+    ]
+    for which, expected in enumerate(contrast_masks(batch, batch)):
+        np.testing.assert_array_equal(np.block([[tile[which] for tile in row] for row in tiles]), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches())
+def test_symmetric_within_a_batch(batch):
+    positives, candidates = contrast_masks(batch, batch)
+    np.testing.assert_array_equal(positives, positives.T)
+    np.testing.assert_array_equal(candidates, candidates.T)
+    # The other view of the dialogue itself is always there to be found, unless it is nobody's.
+    np.testing.assert_array_equal(np.diagonal(positives), batch["querier"] >= 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tables(), tables())
+def test_anchors_have_a_positive_and_a_negative(rows, columns):
+    positives, candidates = contrast_masks(rows, columns)
+    expected = [
+        any(p) and any(c and not q for c, q in zip(cs, p, strict=True))
+        for p, cs in zip(positives, candidates, strict=True)
+    ]
+    assert anchors(positives, candidates).tolist() == expected
+
+
+def test_written_out():
+    #                   ann asks   copy       ann again  bea        bea: other cluster  nobody
+    batch = table(
+        [(1, 0, 0, 7, 0), (1, 0, 0, 7, 1), (1, 0, 0, 8, 2), (2, 0, 0, 7, 3), (2, 0, 1, 9, 4), (-1, 0, 0, 6, 5)]
+    )
+    positives, candidates = contrast_masks(batch, batch)
+    assert positives.astype(int).tolist() == [
+        [1, 0, 1, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    assert candidates.astype(int).tolist() == [
+        [1, 0, 1, 1, 0, 0],
+        [0, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    # The fifth has nobody to differ from in its cluster.
+    assert anchors(positives, candidates).tolist() == [True, True, True, True, False, False]
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches(), st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=6, unique=True))
+def test_prototypes_as_columns(batch, classes):
+    """Of a class's prototype only the class counts: text -1 is no dialogue's, index -1 is nobody's own."""
+    columns = table([(querier, responder, cluster, -1, -1) for responder, querier, cluster in classes])
+    positives, candidates = contrast_masks(batch, columns)
+    own = np.stack([batch["responder"], batch["querier"], batch["cluster"]], 1)[:, None] == np.array(classes)
+    np.testing.assert_array_equal(positives, own.all(-1))
+    np.testing.assert_array_equal(candidates, own[:, :, [0, 2]].all(-1) & (batch["querier"] >= 0)[:, None])

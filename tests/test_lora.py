@@ -1,0 +1,123 @@
+"""Low-rank adapters: identity at the start, merging, dropout."""
+
+from __future__ import annotations
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qaperso.methods import base as method
+from qaperso.methods import sft
+from qaperso.models import decoder, lora
+
+DIM = 16
+
+
+def states(run, trainable: dict, base: dict, inputs, key: jax.Array | None = None) -> jax.Array:
+    return method.states(run, base, inputs, sft.condition(run, trainable, inputs), key)
+
+
+def test_starts_as_the_base_and_merging_is_applying() -> None:
+    run = helpers.setting("sft", helpers.model(qkv_bias=True))
+    trainable, base, _ = helpers.build(run, sft)
+    base = helpers.shaken(base)
+    inputs = helpers.device(helpers.batch(0).inputs)
+    compute = jax.jit(lambda t, b: states(run, t, b, inputs))
+    plain = compute({}, base)
+    np.testing.assert_array_equal(compute(trainable, base), plain)
+
+    trained = helpers.shaken(trainable)
+    adapted = compute(trained, base)
+    # Every one of the seven adapters matters, so that merging all of them is shown.
+    for name in lora.TARGETS:
+        without = {"lora": trained["lora"] | {name: trainable["lora"][name]}}
+        assert jnp.abs(compute(without, base) - adapted).max() > 1e-3, name
+    merged = lora.merge(base, lora.scaled(trained["lora"], run.config.lora.alpha, run.config.lora.rank))
+    np.testing.assert_allclose(compute({}, merged), adapted, rtol=1e-5, atol=1e-5)
+    assert merged["layers"]["attn_norm"] is base["layers"]["attn_norm"]
+
+
+def test_scale_is_alpha_over_rank() -> None:
+    tree = {"q": {"a": jnp.ones((1, DIM, 4)), "b": jnp.full((1, 4, 2), 3.0)}}
+    scaled = lora.scaled(tree, 8.0, 4)
+    np.testing.assert_array_equal(scaled["q"]["b"], jnp.full((1, 4, 2), 6.0))
+    np.testing.assert_array_equal(scaled["q"]["a"], tree["q"]["a"])
+
+
+def test_merging_sums_in_float32() -> None:
+    # In bfloat16, 1 + 2^-9 is 1: a hundred such products must not vanish one by one.
+    base = {"layers": {"q": jnp.ones((1, 2, 2), jnp.bfloat16)}}
+    tree = {"q": {"a": jnp.full((1, 2, 128), 2.0**-9, jnp.bfloat16), "b": jnp.ones((1, 128, 2), jnp.bfloat16)}}
+    merged = lora.merge(base, tree)["layers"]["q"]
+    assert merged.dtype == jnp.bfloat16 and (merged == 1.25).all()
+
+
+def identity() -> dict:
+    """One layer's adapters that give back what they are given: the dropout mask shows in the output."""
+    return {name: {"a": jnp.eye(DIM), "b": jnp.eye(DIM)} for name in lora.TARGETS}
+
+
+def test_no_adapter_and_no_key() -> None:
+    x = jax.random.normal(jax.random.key(0), (3, DIM))
+    assert lora.apply(None, "q", x) == 0.0
+    np.testing.assert_array_equal(lora.apply(identity(), "q", x, 0.5), x)
+    np.testing.assert_array_equal(lora.apply(identity(), "q", x, 0.0, jax.random.key(1)), x)
+
+
+def test_dropout_keeps_the_expectation() -> None:
+    x = jax.random.uniform(jax.random.key(0), (DIM,), minval=1.0, maxval=2.0)
+    keys = jax.random.split(jax.random.key(1), 4000)
+    out = jax.vmap(lambda k: lora.apply(identity(), "up", x, 0.25, k))(keys)
+    # An element is either dropped or scaled up, and a quarter are dropped.
+    np.testing.assert_allclose(jnp.where(out == 0, 0, out - x / 0.75), 0, atol=1e-6)
+    # The mean of 4,000 draws has a standard error of x * sqrt(0.25 / 0.75 / 4000) < 0.02; 64 elements within 5 of it.
+    np.testing.assert_allclose(out.mean(0), x, atol=0.1)
+    assert abs(float((out == 0).mean()) - 0.25) < 0.01
+
+
+def test_dropout_differs_between_targets_keys_and_layers() -> None:
+    x, key = jnp.ones((8, DIM)), jax.random.key(5)
+    masks = {name: np.asarray(lora.apply(identity(), name, x, 0.5, key)) for name in lora.TARGETS}
+    names = list(masks)
+    for i, name in enumerate(names):
+        np.testing.assert_array_equal(masks[name], lora.apply(identity(), name, x, 0.5, key))
+        assert all((masks[name] != masks[other]).any() for other in names[:i])
+    assert (masks["q"] != lora.apply(identity(), "q", x, 0.5, jax.random.key(6))).any()
+
+
+def test_a_key_switches_dropout_on_in_the_decoder() -> None:
+    run = helpers.setting("sft", lora__dropout=0.5)
+    trainable, base, _ = helpers.build(run, sft)
+    trained, inputs = helpers.shaken(trainable), helpers.device(helpers.batch(0).inputs)
+    compute = jax.jit(lambda k: states(run, trained, base, inputs, k))
+    evaluated = states(run, trained, base, inputs)
+    again, other = compute(jax.random.key(0)), compute(jax.random.key(1))
+    np.testing.assert_array_equal(again, compute(jax.random.key(0)))
+    assert jnp.abs(again - other).max() > 1e-3 and jnp.abs(again - evaluated).max() > 1e-3
+    off = helpers.setting("sft")
+    np.testing.assert_array_equal(states(off, trained, base, inputs, jax.random.key(0)), evaluated)
+
+
+def test_layers_drop_different_elements() -> None:
+    # One layer applied twice with equal weights: only different masks can tell the layers' keys apart.
+    config = helpers.model()
+    specs = lora.declare(config, 4)
+    assert all(ab["a"].shape[0] == ab["b"].shape[0] == config.layers for ab in specs.values())
+    seen = []
+
+    def spy(tree, name, x, dropout=0.0, key=None):
+        jax.debug.callback(lambda k: seen.append(tuple(np.ravel(k))), jax.random.key_data(key), ordered=True)
+        return 0.0
+
+    original, lora.apply = lora.apply, spy
+    try:
+        base = helpers.build(helpers.setting("sft", config), sft)[1]
+        inputs = helpers.device(helpers.batch(0).inputs)
+        x = decoder.embed(base, inputs.tokens, decoder.Adapters(), jnp.float32)
+        mask = decoder.causal_mask(inputs.segment, inputs.attend)
+        jax.block_until_ready(decoder.run(base, x, inputs.position, mask, config, dropout=0.5, key=jax.random.key(0)))
+        jax.effects_barrier()
+    finally:
+        lora.apply = original
+    assert len(seen) == 7 * config.layers and len(set(seen)) == config.layers

@@ -1,0 +1,52 @@
+"""The device mesh, on eight fake devices."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from qaperso import mesh
+from qaperso.errors import UserError
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [((8, 1, 1), (8, 1, 1)), ((-1, 1, 1), (8, 1, 1)), ((1, -1, 2), (1, 4, 2)), ((2, 4, -1), (2, 4, 1)), ((2, 2, 2), (2, 2, 2))],
+)
+def test_sizes(sizes: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
+    made = mesh.make_mesh(*sizes)
+    assert tuple(made.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), expected, strict=True))
+    assert made.axis_types == (AxisType.Auto,) * 3
+    assert len({d.id for d in made.devices.flat}) == 8
+
+
+@pytest.mark.parametrize("sizes", [(-1, -1, 1), (3, -1, 1), (0, -1, 1), (4, 1, 1), (16, 1, 1), (-2, -4, 1), (-1, 16, 1)])
+def test_sizes_that_make_no_mesh(sizes: tuple[int, int, int]) -> None:
+    said = "config.mesh data={} fsdp={} tensor={} does not make 8 devices; .*one may be -1".format(*sizes)
+    with pytest.raises(UserError, match=said):
+        mesh.make_mesh(*sizes)
+
+
+def test_each_device_gets_its_rows_only() -> None:
+    made = mesh.make_mesh(2, 2, 2)
+    whole = {"rows": np.arange(2 * 8 * 3).reshape(2, 8, 3), "few": np.arange(6).reshape(2, 3)}
+    placed = mesh.put_batch(whole, made, 1)
+    assert placed["rows"].sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+    assert placed["rows"].sharding == mesh.batch_sharding(made, 1)
+    for shard in placed["rows"].addressable_shards:
+        data, fsdp, _ = (int(i[0]) for i in np.nonzero(made.devices == shard.device))
+        first = 2 * (2 * data + fsdp)
+        np.testing.assert_array_equal(shard.data, whole["rows"][:, first : first + 2])
+    # Three rows do not divide by four: whole everywhere.
+    assert placed["few"].sharding.spec == PartitionSpec()
+    assert all(s.data.shape == (2, 3) for s in placed["few"].addressable_shards)
+
+
+def test_host_copy_gives_back_what_was_placed() -> None:
+    whole = {"x": np.arange(16.0, dtype=np.float32).reshape(1, 16), "y": np.arange(8)[None]}
+    back = mesh.host_copy(mesh.put_batch(whole, mesh.make_mesh(1, 4, 2), 1))
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(back))
+    for name in whole:
+        np.testing.assert_array_equal(back[name], whole[name])
