@@ -39,7 +39,12 @@ def left_pad(prompts: Sequence[Encoded], rows: Sequence[int], length: int) -> In
     zeros = np.zeros((b, 1), np.int32)
     querier = np.asarray(rows, np.int32)[:, None]
     return Inputs(
-        **grid, attend=grid["segment"] > 0, querier=querier, responder=zeros, cluster=zeros, present=np.ones((b, 1), bool)
+        **grid,
+        attend=grid["segment"] > 0,
+        querier=querier,
+        responder=zeros,
+        cluster=zeros,
+        present=np.ones((b, 1), bool),
     )
 
 
@@ -122,7 +127,14 @@ def begin(
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"), donate_argnames="state")
 def advance(
-    params: Tree, base: Tree, request: Request, state: Decoding, until: Int[Any, ""], *, config: DecoderConfig, dtype: Any
+    params: Tree,
+    base: Tree,
+    request: Request,
+    state: Decoding,
+    until: Int[Any, ""],
+    *,
+    config: DecoderConfig,
+    dtype: Any,
 ) -> Decoding:
     """Draws on until every row has ended or has `until` tokens; a stream asks for one more at a time."""
     inputs, adapters = request.inputs, request.adapters

@@ -107,9 +107,7 @@ def read_memory(memory: Tree) -> tuple[Float[Array, "2 C P"], Bool[Array, " C"]]
     return entries.sum(2) / jnp.maximum(held, 1)[None, :, None], written > 0
 
 
-def write_memory(
-    memory: Tree, views: Float[Array, "2 N P"], label: Int[Array, " N"], decay: float = 1.0
-) -> Tree:
+def write_memory(memory: Tree, views: Float[Array, "2 N P"], label: Int[Array, " N"], decay: float = 1.0) -> Tree:
     """Adds a batch's views to their classes; dialogues labelled -1 are left out.
 
     means: a class with new members keeps `decay` of what it held. bank: several entries of one class in a batch get

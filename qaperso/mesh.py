@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qaperso.arrays import BATCH_AXES
@@ -69,6 +70,7 @@ def host_copy(tree: Tree) -> Tree:
 
 def start_runtime() -> None:
     """Joins the other processes where a launcher set a coordinator's address, and switches the compile cache on."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of every folder that it opens to read
     if "JAX_COORDINATOR_ADDRESS" in os.environ:
         jax.distributed.initialize(
             num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +19,10 @@ from jax.sharding import Mesh
 
 from qaperso import arrays, checkpoint, methods
 from qaperso import config as configs
-from qaperso.data import load, synthetic
+from qaperso.data import load, paper, synthetic
 from qaperso.data.batches import Shape
 from qaperso.data.store import Registry, Store
-from qaperso.data.text import Encoded, Template, Tokenizer, encode_prompt, template_of
+from qaperso.data.text import Encoded, Template, Tokenizer, encode_dialogue, template_of
 from qaperso.errors import UserError
 from qaperso.mesh import make_mesh
 from qaperso.methods import Setting
@@ -32,7 +31,7 @@ from qaperso.models import decoder, hf, lora
 from qaperso.models import tokenizer as tokenizers
 from qaperso.models.base import Location
 from qaperso.models.config import DecoderConfig, RopeScaling
-from qaperso.types import Example, Turn
+from qaperso.types import Dialogue, Example
 
 Tree = Any
 RECORD = "run.json"
@@ -81,11 +80,22 @@ class Run:
 
     def examples(self, store: Store, split: str, limit: int | None = None) -> tuple[list[Example], int]:
         """Tokenised dialogues of a split (the first `limit`), and how many were left out as too long."""
-        d = self.config.data
-        prompt = functools.partial(self.method.prompt, self.setting)
-        indices = store.split(split)[:limit]
-        return load.encode_split(
-            store, indices, self.tokenizer, self.template, prompt, self.shape, d.names, d.labels
+        return load.encode_split(store, store.split(split)[:limit], self.encode, self.shape)
+
+    def encode(self, dialogue: Dialogue) -> Encoded | None:
+        """Tokens of a dialogue with the prompt that the method makes of it; None when it does not fit a row."""
+        turns = [*self.method.prompt(self.setting, dialogue), dialogue.turns[-1]]
+        length, data = self.config.batch.length, self.config.data
+        if self.config.compat == "paper":
+            return paper.encode_train(self.tokenizer, self.template, turns, dialogue.responder, length)
+        return encode_dialogue(
+            self.tokenizer,
+            self.template,
+            turns,
+            dialogue.responder,
+            length=length,
+            labels=data.labels,
+            names=data.names,
         )
 
 
@@ -97,6 +107,7 @@ def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
     """
     method = methods.load(config.method)
     store = load.load_store(config.data)
+    store = paper.class_grid(store) if config.compat == "paper" else store
     location = bases.locate(config.base)
     tokenizer = _tokenizer(config, location)
     template = template_of(tokenizer)
@@ -297,21 +308,3 @@ def _model_from_json(data: dict) -> DecoderConfig:
     scaling = data["rope_scaling"]
     parts = {"rope_scaling": scaling and RopeScaling(**scaling), "eos_ids": tuple(data["eos_ids"])}
     return DecoderConfig(**(data | parts))
-
-
-def prompts_of(run: Run, turn_lists: Sequence[Sequence[Turn]], responder: str) -> list[Encoded]:
-    """Prompts for generation, of at most batch.length tokens.
-
-    Raises:
-      UserError: a query alone is too long.
-    """
-    result = []
-    for turns in turn_lists:
-        length = run.config.batch.length
-        e = encode_prompt(
-            run.tokenizer, run.template, turns, responder, length=length, names=run.config.data.names
-        )
-        if e is None:
-            raise UserError(f"the query is longer than batch.length={length} tokens; shorten it: {turns[-1].text[:60]!r}")
-        result.append(e)
-    return result

@@ -64,8 +64,9 @@ def decayed(trainable: Tree) -> Tree:
 def init_state(optimizer: optax.GradientTransformation, trainable: Tree, memory: Tree) -> TrainState:
     """State before the first step."""
     largest = jax.tree_util.tree_map_with_path(lambda p, x: jnp.zeros(_check_shape(p, x)), trainable)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, trainable, optimizer.init(trainable), memory, largest, zero)
+    # Two zeros, not one twice: the step donates its state, and a buffer can be donated once only.
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step, trainable, optimizer.init(trainable), memory, largest, skipped)
 
 
 def _check_shape(path: tuple, x: Any) -> tuple[int, ...]:

@@ -20,9 +20,12 @@ from qaperso.models import decoder
 from qaperso.models.config import DecoderConfig
 from qaperso.types import QUERIER, RESPONDER, Batch, Example
 
+# Compiling takes nearly all the time of tests of models this small.
+jax.config.update("jax_disable_most_optimizations", True)
+
 Tree = Any
 VOCAB, RESPONDERS, QUERIERS, CLUSTERS = 64, 2, 3, 2
-SHAPE = Shape(rows=8, length=32, targets=16, dialogues=3)
+SHAPE = Shape(rows=8, length=32, targets=24, dialogues=3)
 # One row a dialogue, as unpacked batches have it.
 SINGLE = Shape(rows=24, length=12, targets=8, dialogues=1)
 
@@ -94,7 +97,7 @@ def device(tree: Tree) -> Tree:
 def batch(seed: int, contrast: str = "none", shape: Shape = SHAPE, stranger: float | None = 0.5) -> Batch:
     """A full random batch of numpy arrays, B = shape.rows; a share of dialogues gets the stranger's row."""
     count = shape.rows * shape.dialogues
-    flags = None if stranger is None else np.random.default_rng([seed, 1]).random(count) < stranger
+    flags = None if stranger is None else (np.random.default_rng([seed, 1]).random(count) < stranger).tolist()
     rows = rows_of(examples(seed, count), shape.dialogues)
     return make_batch(rows, shape, None if flags is None else rows_of(flags, shape.dialogues), contrast)
 
@@ -104,20 +107,29 @@ def stack(micro: Sequence[Batch]) -> Batch:
     return jax.tree.map(lambda *x: np.stack(x), *micro)
 
 
+def drawn(specs: Tree, seed: int) -> Tree:
+    """Initial values as declared, by numpy: its generator needs no compiling."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(_: str, spec: arrays.ArraySpec) -> jax.Array:
+        fixed = {"zeros": 0.0, "ones": 1.0}
+        value = fixed[spec.init] * np.ones(spec.shape) if spec.init in fixed else spec.init * rng.normal(size=spec.shape)
+        return jnp.asarray(value.astype(spec.dtype))
+
+    return arrays.map_specs(leaf, specs)
+
+
 def build(run: Setting, method: ModuleType, seed: int = 0) -> tuple[Tree, Tree, Tree]:
     """(trainable, base, memory) at the start of a run; base is {} when it is trained itself."""
     trainable, memory = method.declare(run)
     base = {} if run.config.trainable == "all" else decoder.declare(run.model)
-    keys = jax.random.split(jax.random.key(seed), 3)
-    return tuple(arrays.initialise(tree, k) for tree, k in zip((trainable, base, memory), keys, strict=True))
+    return drawn(trainable, seed), drawn(base, seed + 1), drawn(memory, seed + 2)
 
 
 def shaken(tree: Tree, seed: int = 1, size: float = 0.1) -> Tree:
     """Every leaf plus noise, so that nothing is zero, as in the middle of a run."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [x + size * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(treedef, noisy)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray((np.asarray(x) + size * rng.normal(size=x.shape)).astype(x.dtype)), tree)
 
 
 def stepper(run: Setting, method: ModuleType, optimizer: optax.GradientTransformation, **jit: Any) -> Callable:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from qaperso.data.batches import (
     Plan,
     Shape,
-    check_fit,
     dropped_rows,
     make_batch,
     make_examples,
@@ -24,12 +23,13 @@ from qaperso.data.batches import (
     stream,
 )
 from qaperso.data.clusters import assign
+from qaperso.data.load import encode_split
 from qaperso.data.store import make_store
 from qaperso.data.synthetic import make_dialogues, make_world, words
-from qaperso.data.text import encode_dialogue, template_of
+from qaperso.data.text import Encoded, encode_dialogue, template_of
 from qaperso.errors import UserError
 from qaperso.models.tokenizer import word_tokenizer
-from qaperso.types import QUERIER, RESPONDER, STRANGER, TEMPLATE, Batch, Example
+from qaperso.types import QUERIER, RESPONDER, STRANGER, TEMPLATE, Batch, Dialogue, Example
 
 TOKENIZER = word_tokenizer(words())
 TEMPLATE_OF_TOWN = template_of(TOKENIZER)
@@ -64,12 +64,12 @@ shapes = st.builds(Shape, st.integers(1, 3), st.integers(12, 30), st.integers(6,
 
 
 def toys(sizes: list[tuple[int, int]]) -> list[Example]:
-    """Examples whose every token is unlike any other's; the last tokens are the predicted ones."""
+    """Examples whose every token is unlike any other's (one is 0, like padding); the last tokens are predicted."""
     out = []
     for i, (n, t) in enumerate(sizes):
         n = max(n, t + 1)
         role = np.array([TEMPLATE, QUERIER] + [RESPONDER] * n, np.int32)[:n]
-        tokens = np.arange(n, dtype=np.int32) + 100 * (i + 1)
+        tokens = np.arange(n, dtype=np.int32) + 100 * i
         out.append(Example(tokens, role, np.arange(n) >= n - t, i % 3 + 1, i % 2, i % 4, i, i % 5 - 1, i))
     return out
 
@@ -118,16 +118,31 @@ def test_make_examples_keeps_the_count_of_cut_tokens():
     assert all(len(e) + e.cut == len(whole[e.index]) for e in short)
 
 
-def test_check_fit():
-    examples = toys([(10, 4), (10, 5), (11, 4), (11, 5)])
-    kept = check_fit(examples, Shape(1, 10, 4, 2))
-    assert [e.index for e in kept] == [0]
-    assert [e.index for e in check_fit(examples, Shape(1, 11, 4, 2))] == [0, 2]
-    message = r"^none of 4 dialogues fits batch\.length=9 and batch\.targets=9; raise them$"
-    with pytest.raises(UserError, match=message):
-        check_fit(examples, Shape(1, 9, 9, 2))
-    with pytest.raises(UserError, match=r"batch\.targets=3"):
-        check_fit(examples, Shape(1, 99, 3, 2))
+def fitting(shape: Shape) -> tuple[list[Example], int]:
+    def encode(d: Dialogue) -> Encoded | None:
+        return encode_dialogue(TOKENIZER, TEMPLATE_OF_TOWN, d.turns, d.responder, length=shape.length)
+
+    return encode_split(STORE, np.arange(len(TOWN)), encode, shape)
+
+
+def test_examples_of_a_split_fit_a_row():
+    whole, none = fitting(SHAPE)
+    assert none == 0
+    for example, expected in zip(whole, EVERY, strict=True):
+        np.testing.assert_array_equal(example.tokens, expected.tokens)
+    predictions = np.array([e.predicted.sum() for e in EVERY])
+    bound = int(np.median(predictions))
+    kept, left_out = fitting(dataclasses.replace(SHAPE, targets=bound))
+    assert [e.index for e in kept] == np.flatnonzero(predictions <= bound).tolist()
+    assert left_out == (predictions > bound).sum() > 0
+
+
+@pytest.mark.parametrize("bounds", [{"length": 5}, {"targets": 3}])
+def test_nothing_fits(bounds):
+    shape = dataclasses.replace(SHAPE, **bounds)
+    found = rf"^none of 80 dialogues fits batch\.length={shape.length} and batch\.targets={shape.targets}; raise them$"
+    with pytest.raises(UserError, match=found):
+        fitting(shape)
 
 
 @SLOW
@@ -207,10 +222,8 @@ def test_examples_can_be_read_back(sizes, shape):
 
 
 def test_sequential_over_the_town():
-    examples = check_fit(EVERY, SHAPE)
-    assert len(examples) == len(TOWN)
     seen = []
-    for batch, rows in sequential(examples, SHAPE):
+    for batch, rows in sequential(EVERY, SHAPE):
         read_back(batch, rows, SHAPE)
         seen += [e.index for row in rows for e in row]
     assert sorted(seen) == list(range(len(TOWN)))
@@ -220,14 +233,15 @@ def test_batch_written_out():
     a, b = toys([(4, 2), (3, 1)])
     batch = make_batch([[a, b]], Shape(2, 9, 4, 3))
     x = batch.inputs
-    assert x.tokens.tolist() == [[100, 101, 102, 103, 200, 201, 202, 0, 0], [0] * 9]
+    assert x.tokens.tolist() == [[0, 1, 2, 3, 100, 101, 102, 0, 0], [0] * 9]
     assert x.segment.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0, 0], [0] * 9]
     assert x.position.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 0], [0] * 9]
     assert x.role.tolist() == [[0, 2, 1, 1, 0, 2, 1, 0, 0], [0] * 9]
     assert x.querier.tolist() == [[1, 2, 0], [0, 0, 0]]
+    assert x.attend.tolist() == [[True] * 7 + [False] * 2, [False] * 9]
     assert x.present.tolist() == [[True, True, False], [False, False, False]]
     assert batch.target_index.tolist() == [[1, 2, 5, 0], [0] * 4]
-    assert batch.target.tolist() == [[102, 103, 202, 0], [0] * 4]
+    assert batch.target.tolist() == [[2, 3, 102, 0], [0] * 4]
     assert batch.weight.tolist() == [[1, 1, 1, 0], [0] * 4]
 
 
@@ -293,7 +307,7 @@ def test_micro_batches_are_the_rows_of_the_plan(contrast):
 
 @pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
 def test_dropped_dialogues_get_row_zero_and_only_they_are_contrasted(rate):
-    examples = check_fit(EVERY, SHAPE)
+    examples = EVERY
     plan = Plan(examples, SHAPE, seed=5, batch_rows=2 * SHAPE.rows)
     outcomes = set()
     for step in range(2 * len(examples) // (2 * SHAPE.rows)):

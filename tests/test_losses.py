@@ -147,12 +147,13 @@ def test_decayed_sums_by_hand() -> None:
     memory = losses.write_memory(memory, first, jnp.asarray([1, 1, -1]), 0.5)
     np.testing.assert_array_equal(memory["counts"], [0, 2, 0])
     np.testing.assert_array_equal(memory["sums"][:, 1], [[4, 0], [0, 4]])
-    # Class 1: (1 + 3) * 0.5 + 8 = 10 over 2 * 0.5 + 1 = 2 members. Class 2 has had none before.
+    # Class 1: (1 + 3) * 0.5 + 8 = 10 over 2 * 0.5 + 1 = 2 members; the other view's second number is 2 over 2.
+    # Class 2 has had none before.
     second = jnp.asarray([[[8.0, 0], [5.0, 5.0], [9.0, 9.0]]] * 2)
     memory = losses.write_memory(memory, second, jnp.asarray([1, 2, -1]), 0.5)
     np.testing.assert_array_equal(memory["counts"], [0, 2, 1])
     means, filled = losses.read_memory(memory)
-    np.testing.assert_array_equal(means, [[[0, 0], [5, 0], [5, 5]], [[0, 0], [4, 2], [5, 5]]])
+    np.testing.assert_array_equal(means, [[[0, 0], [5, 0], [5, 5]], [[0, 0], [4, 1], [5, 5]]])
     np.testing.assert_array_equal(filled, [False, True, True])
     # A batch without members of a class leaves it as it is: no decay.
     third = losses.write_memory(memory, second, jnp.asarray([-1, -1, -1]), 0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def all_layers(setting, base, adapters, inputs) -> list:
     angle = inputs.position[..., None] * jnp.asarray(decoder.rope_frequencies(setting.model), jnp.float32)
     result = []
     for i in range(setting.model.layers):
-        weights, own = jax.tree.map(lambda w: w[i], (base["layers"], adapters.replace(rows=None)))
+        weights, own = jax.tree.map(operator.itemgetter(i), (base["layers"], adapters.replace(rows=None)))
         x, _ = decoder.layer(x, weights, own, angle, mask, setting.model)
         result.append(x)
     return result

@@ -94,7 +94,8 @@ def test_dialogue_written_out():
     ann, bo, hello, who, are, you, stop = (ID[w] for w in ("ann", "bo", "hello", "who", "are", "you", "."))
     first, second = [START, ann, NEWLINE, who, are, you, END, NEWLINE], [START, bo, NEWLINE, hello, stop, END, NEWLINE]
     assert encoded.tokens.tolist() == first + second
-    assert encoded.role.tolist() == [t, q, q, q, q, q, t, t] + [t, r, r, r, r, t, t]
+    assert encoded.role[:8].tolist() == [t, q, q, q, q, q, t, t]
+    assert encoded.role[8:].tolist() == [t, r, r, r, r, t, t]
     assert encoded.predicted.tolist() == [False] * 8 + [False, False, False, True, True, True, False]
     assert (encoded.tokens.dtype, encoded.role.dtype, encoded.predicted.dtype) == (np.int32, np.int32, np.bool_)
     assert encoded.cut == 0

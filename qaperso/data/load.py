@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 from qaperso.data import clusters, readers, splits, synthetic
 from qaperso.data.batches import Shape, make_examples
 from qaperso.data.store import Store, make_store
-from qaperso.data.text import Encoded, Template, Tokenizer, encode_dialogue
+from qaperso.data.text import Encoded
 from qaperso.errors import UserError
-from qaperso.types import Dialogue, Example, Turn
+from qaperso.types import Dialogue, Example
 
 
 def load_dialogues(data: Any) -> list[Dialogue]:
@@ -46,23 +46,16 @@ def load_store(data: Any) -> Store:
 
 
 def encode_split(
-    store: Store,
-    indices: np.ndarray,
-    tokenizer: Tokenizer,
-    template: Template,
-    prompt: Callable[[Dialogue], Sequence[Turn]],
-    shape: Shape,
-    names: str,
-    labels: str,
+    store: Store, indices: np.ndarray, encode: Callable[[Dialogue], Encoded | None], shape: Shape
 ) -> tuple[list[Example], int]:
-    """Examples of the dialogues at `indices` that fit a row, and how many did not."""
-    encoded: list[Encoded | None] = []
-    for i in indices:
-        d = store.dialogues[i]
-        turns = [*prompt(d), d.turns[-1]]
-        e = encode_dialogue(tokenizer, template, turns, d.responder, length=shape.length, labels=labels, names=names)
-        encoded.append(e if e is not None and e.predicted.sum() <= shape.targets else None)
-    examples = make_examples(store, encoded, indices)
+    """Examples of the dialogues at `indices` that fit a row, and how many did not.
+
+    Raises:
+      UserError: none fits.
+    """
+    encoded = [encode(store.dialogues[i]) for i in indices]
+    fitting = [e if e is not None and e.predicted.sum() <= shape.targets else None for e in encoded]
+    examples = make_examples(store, fitting, indices)
     if len(indices) and not examples:
         raise UserError(
             f"none of {len(indices)} dialogues fits batch.length={shape.length} and batch.targets={shape.targets}; "

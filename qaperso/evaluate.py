@@ -1,0 +1,106 @@
+"""python -m qaperso.evaluate --workdir DIR [DIR ...] [--split test]
+
+Scores runs by the checkpoint that was best on dev. Prints one table, a column a run, and writes DIR/eval.json (for the
+test split) or DIR/eval_SPLIT.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qaperso import checkpoint, reply
+from qaperso.data import load, synthetic
+from qaperso.data.store import Store
+from qaperso.errors import UserError, command
+from qaperso.eval import awareness, report, scores
+from qaperso.mesh import start_runtime
+from qaperso.reply import Sampling
+from qaperso.run import Run, open_run, restore
+
+Tree = Any
+SPLITS = ("train", "dev", "test")
+
+
+def evaluate(run: Run, trainable: Tree, store: Store, split: str, replies: int | None) -> dict[str, dict[str, float]]:
+    """All metrics of a run on a split, each {"value", "low", "high", "n"}.
+
+    Args:
+      run, trainable: what is scored.
+      store: of the run's data.
+      split: "train", "dev" or "test".
+      replies: write replies to so many dialogues, evenly spread over the split; None = all.
+    """
+    metrics = awareness.swap_gap(run, trainable, store, split)
+    indices = store.split(split)
+    if replies is not None and replies < len(indices):
+        indices = indices[np.linspace(0, len(indices) - 1, replies).round().astype(int)]
+    fitting = {e.index for e in run.examples(store, split)[0]}
+    indices = np.array([i for i in indices if int(i) in fitting], int)
+    if not len(indices):
+        return metrics
+    dialogues = [store.dialogues[i] for i in indices]
+    g = run.config.generate
+    sampling = Sampling(g.max_new_tokens, g.temperature, g.top_p, run.config.seed)
+    written = reply.replies(run, trainable, dialogues, store.row[indices].tolist(), sampling)
+    groups = [d.group for d in dialogues]
+    for name, values in scores.rouge([d.reply for d in dialogues], written).items():
+        metrics[name] = scores.bootstrap(values, np.ones(len(values)), groups)
+    if run.config.data.format == "synthetic":
+        metrics |= town_scores(run, dialogues, written)
+    return metrics
+
+
+def town_scores(run: Run, dialogues: Sequence[Any], written: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The embedded world's exact scores: over all dialogues, over held-out (intent, querier) pairs, and chance."""
+    found = [synthetic.score_reply(d, text) for d, text in zip(dialogues, written, strict=True)]
+    held_out = [d.fields["held_out"] for d in dialogues]
+
+    def mean(part: str, keep: Sequence[bool]) -> dict[str, float]:
+        values = [f[part] for f, k in zip(found, keep, strict=True) if k and part in f]
+        groups = [d.group for d, f, k in zip(dialogues, found, keep, strict=True) if k and part in f]
+        return scores.bootstrap(np.array(values), np.ones(len(values)), groups)
+
+    everything = [True] * len(found)
+    result = {part: mean(part, everything) for part in ("exact", "address", "register", "fact")}
+    if any(held_out):
+        result["exact_heldout"] = mean("exact", held_out)
+    world = synthetic.make_world(run.config.data.seed)
+    for part, value in synthetic.chance(world, dialogues).items():
+        result[f"{part}_chance"] = {"value": value, "low": value, "high": value, "n": len(dialogues)}
+    return result
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m qaperso.evaluate", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, nargs="+", metavar="DIR")
+    parser.add_argument("--split", default="test", metavar="|".join(SPLITS))
+    parser.add_argument("--replies", type=int, metavar="N", help="write replies to N dialogues only (default: all)")
+    known = parser.parse_args(arguments)
+    if known.split not in SPLITS:
+        raise UserError(f"--split is '{known.split}', expected one of {', '.join(SPLITS)}")
+    start_runtime()
+    columns = {}
+    for name in known.workdir:
+        workdir = Path(name)
+        run = open_run(workdir)
+        trainable, _, step = restore(run)
+        store = load.load_store(run.config.data)
+        metrics = report.jsonable(evaluate(run, trainable, store, known.split, known.replies))
+        target = workdir / ("eval.json" if known.split == "test" else f"eval_{known.split}.json")
+        content = {"metrics": metrics, "config": run.record["config"], "step": step, "split": known.split}
+        checkpoint.write_json(target, content)
+        columns[f"{workdir.name} @{step}"] = metrics
+    report.show(f"{known.split} split, 95% intervals", columns)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
