@@ -8,12 +8,12 @@ def get_config():
     c.method = "sft"
     c.trainable = "all"
     c.remat = "dots"
-    c.model.embed, c.model.layers, c.model.heads, c.model.kv_heads, c.model.mlp = 128, 4, 4, 2, 384
+    c.model.embed, c.model.layers, c.model.heads, c.model.kv_heads, c.model.mlp = 96, 3, 4, 2, 256
     c.data.format = "synthetic_base"
     c.data.count = 6000
     c.data.labels = "all"
-    c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 8, 256, 160, 8
+    c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 20, 96, 64, 2
     c.optimizer.lr, c.optimizer.warmup, c.optimizer.weight_decay = 3e-3, 40, 0.05
-    c.steps = 500
+    c.steps = 250
     c.checkpoint_every = 250
     return c

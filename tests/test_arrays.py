@@ -19,7 +19,10 @@ RULES = [(":(embed)$", "fsdp"), (":(heads|kv_heads|mlp|vocab)$", "tensor"), (":c
 def specs() -> dict:
     return {
         "a": ArraySpec((4, 6), ("embed", "mlp"), 0.5),
-        "layers": {"q": ArraySpec((2, 4, 8), ("layers", "embed", "heads"), 0.5), "norm": ArraySpec((4,), (None,), "ones")},
+        "layers": {
+            "q": ArraySpec((2, 4, 8), ("layers", "embed", "heads"), 0.5),
+            "norm": ArraySpec((4,), (None,), "ones"),
+        },
         "count": ArraySpec((3,), ("classes",), dtype=jnp.int32),
     }
 
@@ -44,7 +47,10 @@ def test_paths_abstract_values_and_bytes() -> None:
 
 
 def test_initial_values() -> None:
-    tree = specs() | {"wide": ArraySpec((200, 200), (None, None), 0.02), "half": ArraySpec((2,), (None,), 1.0, jnp.bfloat16)}
+    tree = specs() | {
+        "wide": ArraySpec((200, 200), (None, None), 0.02),
+        "half": ArraySpec((2,), (None,), 1.0, jnp.bfloat16),
+    }
     values = arrays.initialise(tree, jax.random.key(0))
     assert (values["layers"]["norm"] == 1).all() and (values["count"] == 0).all()
     assert values["count"].dtype == jnp.int32 and values["half"].dtype == jnp.bfloat16

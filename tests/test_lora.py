@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+
 import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qaperso.methods import Setting, sft
 from qaperso.methods import base as method
-from qaperso.methods import sft
 from qaperso.models import decoder, lora
+from qaperso.types import Inputs
 
 DIM = 16
 
 
-def states(run, trainable: dict, base: dict, inputs, key: jax.Array | None = None) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def states(run: Setting, trainable: dict, base: dict, inputs: Inputs, key: jax.Array | None = None) -> jax.Array:
     return method.states(run, base, inputs, sft.condition(run, trainable, inputs), key)
 
 
@@ -24,7 +28,10 @@ def test_starts_as_the_base_and_merging_is_applying() -> None:
     trainable, base, _ = helpers.build(run, sft)
     base = helpers.shaken(base)
     inputs = helpers.device(helpers.batch(0).inputs)
-    compute = jax.jit(lambda t, b: states(run, t, b, inputs))
+
+    def compute(trainable: dict, base: dict) -> jax.Array:
+        return states(run, trainable, base, inputs)
+
     plain = compute({}, base)
     np.testing.assert_array_equal(compute(trainable, base), plain)
 
@@ -91,7 +98,10 @@ def test_a_key_switches_dropout_on_in_the_decoder() -> None:
     run = helpers.setting("sft", lora__dropout=0.5)
     trainable, base, _ = helpers.build(run, sft)
     trained, inputs = helpers.shaken(trainable), helpers.device(helpers.batch(0).inputs)
-    compute = jax.jit(lambda k: states(run, trained, base, inputs, k))
+
+    def compute(key: jax.Array) -> jax.Array:
+        return states(run, trained, base, inputs, key)
+
     evaluated = states(run, trained, base, inputs)
     again, other = compute(jax.random.key(0)), compute(jax.random.key(1))
     np.testing.assert_array_equal(again, compute(jax.random.key(0)))

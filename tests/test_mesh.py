@@ -13,7 +13,13 @@ from qaperso.errors import UserError
 
 @pytest.mark.parametrize(
     "sizes, expected",
-    [((8, 1, 1), (8, 1, 1)), ((-1, 1, 1), (8, 1, 1)), ((1, -1, 2), (1, 4, 2)), ((2, 4, -1), (2, 4, 1)), ((2, 2, 2), (2, 2, 2))],
+    [
+        ((8, 1, 1), (8, 1, 1)),
+        ((-1, 1, 1), (8, 1, 1)),
+        ((1, -1, 2), (1, 4, 2)),
+        ((2, 4, -1), (2, 4, 1)),
+        ((2, 2, 2), (2, 2, 2)),
+    ],
 )
 def test_sizes(sizes: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
     made = mesh.make_mesh(*sizes)
@@ -22,7 +28,9 @@ def test_sizes(sizes: tuple[int, int, int], expected: tuple[int, int, int]) -> N
     assert len({d.id for d in made.devices.flat}) == 8
 
 
-@pytest.mark.parametrize("sizes", [(-1, -1, 1), (3, -1, 1), (0, -1, 1), (4, 1, 1), (16, 1, 1), (-2, -4, 1), (-1, 16, 1)])
+@pytest.mark.parametrize(
+    "sizes", [(-1, -1, 1), (3, -1, 1), (0, -1, 1), (4, 1, 1), (16, 1, 1), (-2, -4, 1), (-1, 16, 1)]
+)
 def test_sizes_that_make_no_mesh(sizes: tuple[int, int, int]) -> None:
     said = "config.mesh data={} fsdp={} tensor={} does not make 8 devices; .*one may be -1".format(*sizes)
     with pytest.raises(UserError, match=said):

@@ -113,11 +113,11 @@ def all_layers(setting, base, adapters, inputs) -> list:
     """States after each layer, by running the layers one by one."""
     x = decoder.embed(base, inputs.tokens, adapters, jnp.float32)
     mask = decoder.causal_mask(jnp.asarray(inputs.segment), jnp.asarray(inputs.attend))
-    angle = inputs.position[..., None] * jnp.asarray(decoder.rope_frequencies(setting.model), jnp.float32)
+    tables = decoder.rope_tables(inputs.position, setting.model)
     result = []
     for i in range(setting.model.layers):
         weights, own = jax.tree.map(operator.itemgetter(i), (base["layers"], adapters.replace(rows=None)))
-        x, _ = decoder.layer(x, weights, own, angle, mask, setting.model)
+        x, _ = decoder.layer(x, weights, own, tables, mask, setting.model)
         result.append(x)
     return result
 

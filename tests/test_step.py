@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qaperso import arrays, losses, mesh, step
 from qaperso.data.batches import make_batch
@@ -53,25 +54,23 @@ def begin(run: Setting, method: ModuleType, optimizer: optax.GradientTransformat
 
 
 def test_micro_batches_are_one_batch() -> None:
-    run, method = setting("prototypes")
-    # Plain gradient descent with rate 1: the new parameters are the gradient.
-    optimizer = optax.sgd(1.0)
-    advance = helpers.stepper(run, method, optimizer)
+    run, method, optimizer, advance = adam("prototypes")
     state, base = begin(run, method, optimizer)
-    split = whole = state
+    before, half = jax.tree.map(np.array, state.trainable), dataclasses.replace(helpers.SHAPE, rows=4)
+    twice = helpers.stepper(run, method, optimizer)
+    split, whole = state, jax.tree.map(jnp.copy, state)
     for seed in range(2):
         rows = helpers.rows_of(helpers.examples(seed), 3)
         flags = helpers.rows_of([i % 3 > 0 for i in range(24)], 3)
-        half = dataclasses.replace(helpers.SHAPE, rows=4)
         one = helpers.stack([make_batch(rows, helpers.SHAPE, flags, "prototypes")])
         two = helpers.stack([make_batch(rows[k : k + 4], half, flags[k : k + 4], "prototypes") for k in (0, 4)])
         whole, expected = advance(whole, base, one, KEY)
-        split, found = advance(split, base, two, KEY)
+        split, found = twice(split, base, two, KEY)
         helpers.assert_trees_close(found, expected, atol=1e-5, rtol=1e-5)
-        helpers.assert_trees_close(split.trainable, whole.trainable, atol=1e-5, rtol=1e-5)
-        helpers.assert_trees_close(split.memory, whole.memory, atol=1e-5)
+        for part in ("trainable", "optimizer", "memory", "largest"):
+            helpers.assert_trees_close(getattr(split, part), getattr(whole, part), atol=1e-5, rtol=1e-5)
     assert expected["contrast"] > 0.1, "the memory of the first step makes the second step's contrast"
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.trainable, whole.trainable)
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, whole.trainable)
     assert all(jax.tree.leaves(moved))
 
 
@@ -89,56 +88,56 @@ def test_memory_is_written_in_the_order_of_the_batch(memory: str) -> None:
     np.testing.assert_array_equal(filled, np.arange(12) < 3)
 
 
-def losses_of(name: str, sizes: tuple[int, int, int] | None) -> tuple[np.ndarray, dict]:
-    """loss, lm and contrast of three steps, and the trained parameters, on one device or on a mesh."""
+def run_three(name: str, advance: Any, state: step.TrainState, base: dict, place: Any) -> tuple[np.ndarray, dict]:
+    """Metrics of three steps, a row each that starts with the loss, and the trained parameters."""
+    rows = []
+    for batch in batches(name, 3):
+        state, metrics = advance(state, base, place(batch), KEY)
+        rows.append([float(metrics[n]) for n in ["loss", *sorted(metrics)]])
+    return np.array(rows), jax.tree.map(np.array, state.trainable)
+
+
+def on_mesh(name: str, sizes: tuple[int, int, int]) -> tuple[np.ndarray, dict]:
+    """`run_three` on eight devices, parameters and batches spread over them."""
     run, method, optimizer, _ = adam(name)
     state, base = begin(run, method, optimizer)
-    seen = []
-    if sizes is None:
-        advance = adam(name)[3]
-        for batch in batches(name, 3):
-            state, metrics = advance(state, base, batch, KEY)
-            seen.append(metrics)
-    else:
-        made = mesh.make_mesh(*sizes)
-        trainable, memory = method.declare(run)
-        place = functools.partial(arrays.shardings, mesh=made, rules=RULES)
-        trainable = jax.device_put(state.trainable, place(trainable))
-        state = step.init_state(optimizer, trainable, jax.device_put(state.memory, place(memory)))
-        base = jax.device_put(base, place(decoder.declare(run.model)))
-        advance = helpers.stepper(run, method, optimizer)
-        with jax.set_mesh(made):
-            for batch in batches(name, 3):
-                state, metrics = advance(state, base, mesh.put_batch(batch, made, 1), KEY)
-                seen.append(metrics)
-        print("CACHE", name, sizes, advance._cache_size())
-        assert len(state.trainable["lora"]["q"]["a"].sharding.device_set) == 8
-    names = [n for n in ("loss", "lm", "contrast", "grad_norm", "tokens") if n in seen[0]]
-    return np.array([[float(m[n]) for n in names] for m in seen]), mesh.host_copy(state.trainable)
+    made = mesh.make_mesh(*sizes)
+    place = functools.partial(arrays.shardings, mesh=made, rules=RULES)
+    trainable, memory = (
+        jax.device_put(tree, place(specs))
+        for tree, specs in zip((state.trainable, state.memory), method.declare(run), strict=True)
+    )
+    base = jax.device_put(base, place(decoder.declare(run.model)))
+    state = step.init_state(optimizer, trainable, memory)
+    # Moments follow their parameters; counters and the like are whole everywhere.
+    whole = NamedSharding(made, PartitionSpec())
+    spread = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, state)
+    moments = arrays.flat(spread.optimizer)["1/0/mu/lora/q/a"]
+    assert moments.spec == (PartitionSpec(None, "fsdp", None) if sizes[1] > 1 else moments.spec)
+    # Without output shardings the compiler may choose others than the input's, and the second step compiles again.
+    advance = helpers.stepper(run, method, optimizer, donate_argnums=0, out_shardings=(spread, None))
+    with jax.set_mesh(made):
+        result = run_three(name, advance, jax.device_put(state, spread), base, lambda b: mesh.put_batch(b, made, 1))
+    assert advance._cache_size() == 1
+    return result
 
 
 @functools.cache
 def on_one_device(name: str) -> tuple[np.ndarray, dict]:
-    return losses_of(name, None)
+    run, method, optimizer, advance = adam(name)
+    return run_three(name, advance, *begin(run, method, optimizer), lambda batch: batch)
 
 
 @pytest.mark.parametrize(
     "name, sizes",
-    [
-        ("sft", (1, 4, 2)),
-        ("in_batch", (8, 1, 1)),
-        ("in_batch", (2, 2, 2)),
-        ("prototypes", (2, 2, 2)),
-        ("prototypes", (1, 4, 2)),
-    ],
+    [("sft", (8, 1, 1)), ("in_batch", (2, 2, 2)), ("prototypes", (1, 4, 2))],
 )
 def test_eight_devices_are_one(name: str, sizes: tuple[int, int, int]) -> None:
     expected, alone = on_one_device(name)
-    found, trained = losses_of(name, sizes)
+    found, trained = on_mesh(name, sizes)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    assert np.abs(np.diff(expected[:, 0])).min() > 1e-4, "the steps differ"
-    # Adam turns rounding of near-zero gradients into steps of up to lr, so parameters agree less exactly than losses.
-    helpers.assert_trees_close(trained, alone, atol=1e-3)
+    assert len(np.unique(expected[:, 0])) == 3 and np.ptp(expected[:, 0]) > 1e-2, "the steps differ"
+    helpers.assert_trees_close(trained, alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["batch", "base", "trainable"])
@@ -159,17 +158,17 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str) -> None:
         lora = state.trainable["lora"]
         spoiled = lora | {"o": lora["o"] | {"b": lora["o"]["b"].at[1, 0, 0].set(jnp.nan)}}
         state = state.replace(trainable=state.trainable | {"lora": spoiled})
-    state = mesh.host_copy(jax.tree.map(jnp.copy, state))
+    kept = jax.tree.map(np.array, state)
     after, metrics = advance(state, base, bad, KEY)
     assert not np.isfinite(metrics["loss"]) and metrics["finite"] == 0 and metrics["skipped"] == 1
     for part in ("trainable", "optimizer", "memory", "largest"):
-        helpers.assert_trees_equal(getattr(after, part), getattr(state, part))
+        helpers.assert_trees_equal(getattr(after, part), getattr(kept, part))
     assert (int(after.step), int(after.skipped)) == (2, 1)
     if where == "batch":
         # The next good batch is an update again.
         last, metrics = advance(after, base, second, KEY)
         assert metrics["finite"] == 1 and (int(last.step), int(last.skipped)) == (3, 1)
-        assert step.params_hash(last.trainable) != step.params_hash(state.trainable)
+        assert step.params_hash(last.trainable) != step.params_hash(kept.trainable)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -178,17 +177,19 @@ def test_a_healthy_run_has_no_dead_parameters_and_compiles_once(name: str) -> No
     trainable, base, memory = helpers.build(run, method)
     state, base_hash = step.init_state(optimizer, trainable, memory), step.params_hash(base)
     before = step.params_hash(trainable)
-    data, first = batches(name, 4), None
+    data, seen = batches(name, 4), []
     for t in range(step.DEAD_PARAMETER_STEPS):
         state, metrics = advance(state, base, data[t % 4], KEY)
-        first = float(metrics["lm"]) if first is None else first
+        seen.append(float(metrics["lm"]))
         if t == 0:
             # LoRA's a faces a b of zero: rightly without gradient so far, and not yet to be judged.
             assert "lora/q/a (every layer)" in step.dead_parameters(state.largest)
     step.check_alive(state.largest)
     assert advance._cache_size() == 1
     assert step.params_hash(base) == base_hash and step.params_hash(state.trainable) != before
-    assert metrics["lm"] < first and state.step == step.DEAD_PARAMETER_STEPS
+    assert state.step == step.DEAD_PARAMETER_STEPS
+    # Every batch is easier the fifth time than the first.
+    assert all(late < early for early, late in zip(seen[:4], seen[-4:], strict=True))
 
 
 def test_dead_heads_are_named() -> None:
@@ -198,7 +199,9 @@ def test_dead_heads_are_named() -> None:
     for batch in batches("in_batch", 2):
         state, _ = advance(state, base, batch, KEY)
     assert step.dead_parameters(state.largest) == ["heads/bias", "heads/kernel", "heads/norm_p"]
-    with pytest.raises(UserError, match="no gradient reached heads/bias, heads/kernel, heads/norm_p in the first 20 steps"):
+    with pytest.raises(
+        UserError, match="no gradient reached heads/bias, heads/kernel, heads/norm_p in the first 20 steps"
+    ):
         step.check_alive(state.largest)
 
 
@@ -251,7 +254,9 @@ def test_warm_up_longer_than_the_run_still_ends_in_the_peak() -> None:
 
 
 def test_large_gradients_are_clipped_to_the_norm() -> None:
-    run, _ = setting("sft", optimizer__eps=1.0, optimizer__b1=0.0, optimizer__b2=0.0, optimizer__weight_decay=0.0)
+    run, _ = setting(
+        "sft", optimizer__lr=0.01, optimizer__eps=1.0, optimizer__b1=0.0, optimizer__b2=0.0, optimizer__weight_decay=0.0
+    )
     optimizer, schedule = step.make_optimizer(run.config, 20)
     params = {"w": jnp.zeros(2)}
     # Norm 50 is scaled to 1: (0.6, 0.8). With b1 = b2 = 0 and eps = 1 Adam's step is g / (|g| + 1).
@@ -263,7 +268,9 @@ def test_large_gradients_are_clipped_to_the_norm() -> None:
 def test_hash_changes_with_any_leaf_and_not_with_order() -> None:
     tree = {"b": jnp.arange(3.0), "a": {"y": jnp.zeros((2, 2)), "x": jnp.ones(1)}}
     known = step.params_hash(tree)
-    assert known == step.params_hash({"a": {"x": np.ones(1, np.float32), "y": np.zeros((2, 2), np.float32)}, "b": np.arange(3.0, dtype=np.float32)})
+    assert known == step.params_hash(
+        {"a": {"x": np.ones(1, np.float32), "y": np.zeros((2, 2), np.float32)}, "b": np.arange(3.0, dtype=np.float32)}
+    )
     changed = [
         tree | {"b": tree["b"].at[2].add(1e-6)},
         tree | {"b": -tree["b"]},  # -0.0 is not 0.0
@@ -288,6 +295,9 @@ def test_metrics_count_tokens_and_predictions() -> None:
 
 def test_flops_by_hand() -> None:
     base = {"embed": jnp.zeros((10, 3)), "head": jnp.zeros((3, 10))}
-    trainable = {"lora": {"q": {"a": jnp.zeros((1, 3, 2)), "b": jnp.zeros((1, 2, 3))}}, "tower": {"rows": jnp.zeros((9, 3))}}
+    trainable = {
+        "lora": {"q": {"a": jnp.zeros((1, 3, 2)), "b": jnp.zeros((1, 2, 3))}},
+        "tower": {"rows": jnp.zeros((9, 3))},
+    }
     # Frozen: 30 kernel entries forward and back, 4 each; trained: 12 at 6 each; look-ups nothing.
     assert step.step_flops(trainable, base, 5) == 5 * (30 * 4 + 12 * 6)

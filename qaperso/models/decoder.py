@@ -107,9 +107,15 @@ def rope_frequencies(config: DecoderConfig) -> np.ndarray:
     return frequency * (blend + (1 - blend) / scaling.factor)
 
 
-def rope(x: Float[Array, "W B S H d"], angle: Float[Array, "B S half"]) -> Float[Array, "W B S H d"]:
+def rope_tables(position: Int[Array, "B S"], config: DecoderConfig) -> Float[Array, "2 B S half"]:
+    """Cosines and sines of each position's angles; made once, outside the layer scan."""
+    angle = position[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config), jnp.float32)
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def rope(x: Float[Array, "W B S H d"], tables: Float[Array, "2 B S half"]) -> Float[Array, "W B S H d"]:
     """Rotary position embedding (Su et al., arXiv 2104.09864), first half paired with second half."""
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    cos, sin = tables[:, :, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
@@ -155,7 +161,7 @@ def layer(
     x: Float[Array, "W B S D"],
     weights: Tree,
     adapters: Adapters,
-    angle: Float[Array, "B S half"],
+    tables: Float[Array, "2 B S half"],
     mask: Bool[Array, "B S C"],
     config: DecoderConfig,
     dropout: float = 0.0,
@@ -176,7 +182,7 @@ def layer(
         y = dense(h, name).reshape(towers, b, s, count, config.head_dim)
         if f"{name}_norm" in weights:
             y = rms_norm(y, weights[f"{name}_norm"], config.norm_eps)
-        return y if name == "v" else rope(y, angle)
+        return y if name == "v" else rope(y, tables)
 
     h = rms_norm(x, weights["attn_norm"], config.norm_eps)
     q, k, v = heads(h, "q", config.heads), heads(h, "k", config.kv_heads), heads(h, "v", config.kv_heads)
@@ -234,14 +240,14 @@ def run(
     Returns:
       Last layer's states of each tower before any final norm, and the cache after the queries.
     """
-    angle = position[..., None].astype(jnp.float32) * jnp.asarray(rope_frequencies(config), jnp.float32)
+    tables = rope_tables(position, config)
     keys = None if key is None or not dropout else jax.random.split(key, config.layers)
     stacked = Adapters(adapters.lora, adapters.specific)
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT[remat])
     def body(x: Array, scanned: tuple) -> tuple:
         weights, own, layer_key, layer_cache = scanned
-        x, layer_cache = layer(x, weights, own, angle, mask, config, dropout, layer_key, layer_cache, start)
+        x, layer_cache = layer(x, weights, own, tables, mask, config, dropout, layer_key, layer_cache, start)
         return constrain_batch(x, 1), layer_cache
 
     return jax.lax.scan(body, constrain_batch(x, 1), (params["layers"], stacked, keys, cache))
