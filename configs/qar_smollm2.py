@@ -21,7 +21,7 @@ def get_config():
     c.qar.drop_row = 0.3
     c.qar.weight = 0.1
     c.optimizer.lr, c.optimizer.warmup = 1e-3, 10
-    c.steps = 120
+    c.steps = 80
     c.log_every = 5
     c.checkpoint_every = 40
     c.generate.max_new_tokens = 48

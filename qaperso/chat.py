@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int)
     parser.add_argument("--seed", type=int, default=0)
     known = parser.parse_args(arguments)
+    _check_sampling(known)
     start_runtime()
     run = open_run(Path(known.workdir))
     for querier in known.querier:
@@ -94,6 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if text:
             answer_one(run, trainable, history, known.querier[0], text, responder, how)
+
+
+def _check_sampling(known: argparse.Namespace) -> None:
+    if known.temperature is not None and not known.temperature >= 0:
+        raise UserError(f"--temperature is {known.temperature}, expected 0 (greedy) or more")
+    if known.top_p is not None and not 0 < known.top_p <= 1:
+        raise UserError(f"--top-p is {known.top_p}, expected more than 0, at most 1")
+    if known.max_new_tokens is not None and known.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {known.max_new_tokens}, expected 1 or more")
 
 
 def _responder(run: Run, name: str | None) -> str:

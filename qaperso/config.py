@@ -28,6 +28,19 @@ CHOICES = {
 }
 
 
+# Bounds of numbers. Dotted folders stand for all that is in them.
+POSITIVE = (
+    *("steps", "log_every", "checkpoint_every", "dev_dialogues", "keep_latest", "model", "batch", "lora.rank"),
+    *("qar.rank", "qar.head_dim", "qar.bank_size", "qar.temperature", "data.max_turns", "data.per_pair", "data.count"),
+    *("optimizer.lr", "optimizer.clip", "generate.max_new_tokens"),
+)
+NOT_NEGATIVE = (
+    *("seed", "data.seed", "data.clusters", "data.spare_rows", "data.min_per_querier", "keep_best", "max_skipped"),
+    *("optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "generate.temperature", "peak_flops"),
+)
+SHARES = ("data.dev", "data.test", "lora.dropout", "qar.drop_row")
+
+
 def default() -> ConfigDict:
     """Every key there is, with its default. Lengths are tokens, learning rates per step, weights dimensionless."""
     c = ConfigDict()
@@ -114,6 +127,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"config '{path}' sets a key that does not exist: {str(error).splitlines()[0]}") from error
     except TypeError as error:
         raise UserError(f"config '{path}' sets a value of the wrong type: {error}") from error
+    if not isinstance(config, ConfigDict) or keys(config) != keys(default()):
+        raise UserError(f"config '{path}': get_config() must return what default() gives, with values changed")
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
@@ -166,14 +181,21 @@ def _check(config: ConfigDict) -> None:
         if value not in choices:
             shown = ", ".join(map(repr, choices))
             raise UserError(f"config.{key} is {value!r}, expected one of {shown}")
-    positive = ["steps", "log_every", "checkpoint_every", "dev_dialogues", "keep_latest", "lora.rank", "qar.rank"]
-    positive += [f"batch.{k}" for k in config.batch] + ["data.max_turns", "optimizer.lr", "qar.temperature"]
-    for key in positive:
-        if get(config, key) <= 0:
-            raise UserError(f"config.{key} is {get(config, key)}, expected more than 0")
-    for key in ("data.dev", "data.test", "lora.dropout", "qar.drop_row"):
-        if not 0 <= get(config, key) < 1:
-            raise UserError(f"config.{key} is {get(config, key)}, expected a share from 0 up to, not including, 1")
+    for key in keys(config):
+        value, folder = get(config, key), key.split(".")[0]
+        if (key in POSITIVE or folder in POSITIVE) and value <= 0:
+            raise UserError(f"config.{key} is {value}, expected more than 0")
+        if key in NOT_NEGATIVE and value < 0:
+            raise UserError(f"config.{key} is {value}, expected 0 or more")
+        if key in SHARES and not 0 <= value < 1:
+            raise UserError(f"config.{key} is {value}, expected a share from 0 up to, not including, 1")
+    if not 0 < config.generate.top_p <= 1:
+        raise UserError(f"config.generate.top_p is {config.generate.top_p}, expected more than 0, at most 1")
+    if not all(isinstance(name, str) for name in config.data.responders):
+        raise UserError(f"config.data.responders is {config.data.responders!r}, expected names such as ('Hamlet',)")
+    for rule in config.sharding:
+        if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
+            raise UserError(f"config.sharding holds {rule!r}, expected pairs of a regex and a mesh axis")
     if config.compat == "paper" and (config.qar.contrast, config.batch.dialogues) != ("prototypes", 1):
         raise UserError("config.compat='paper' needs qar.contrast='prototypes' and batch.dialogues=1, as published")
 

@@ -21,7 +21,7 @@ from qaperso.errors import UserError, command
 from qaperso.eval import awareness, report, scores
 from qaperso.mesh import start_runtime
 from qaperso.reply import Sampling
-from qaperso.run import Run, open_run, restore
+from qaperso.run import Run, open_run, read_record, restore
 
 Tree = Any
 SPLITS = ("train", "dev", "test")
@@ -86,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = parser.parse_args(arguments)
     if known.split not in SPLITS:
         raise UserError(f"--split is '{known.split}', expected one of {', '.join(SPLITS)}")
+    if known.replies is not None and known.replies < 0:
+        raise UserError(f"--replies is {known.replies}, expected 0 or more")
+    for name in known.workdir:  # before the first is scored, which takes long
+        read_record(Path(name))
     start_runtime()
     columns = {}
     for name in known.workdir:

@@ -175,9 +175,14 @@ def read_record(workdir: Path) -> dict:
     if not path.is_file():
         raise UserError(f"'{workdir}' is no run: it has no {RECORD}; train first, or give the right --workdir")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is broken ({error}); the run cannot be opened") from error
+    parts = ("config", "model", "registry", "clusters", "classes", "base")
+    missing = [part for part in parts if not isinstance(record, dict) or part not in record]
+    if missing:
+        raise UserError(f"{path} has no '{missing[0]}'; it is not the record of a run, or of another version")
+    return record
 
 
 def claim_workdir(run: Run) -> None:
@@ -202,7 +207,10 @@ def claim_workdir(run: Run) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a run's folder; give a --workdir that is new or empty")
     if jax.process_index() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made ({error.strerror}); give another --workdir") from error
         tokenizers.save_tokenizer(run.tokenizer, folder / "tokenizer")
         checkpoint.write_json(folder / RECORD, run.record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from types import ModuleType
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from qaperso import arrays
@@ -67,6 +69,21 @@ def init_state(optimizer: optax.GradientTransformation, trainable: Tree, memory:
     # Two zeros, not one twice: the step donates its state, and a buffer can be donated once only.
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     return TrainState(step, trainable, optimizer.init(trainable), memory, largest, skipped)
+
+
+def state_shardings(optimizer: optax.GradientTransformation, trainable: Tree, memory: Tree, mesh: Mesh) -> TrainState:
+    """Where each part of the state lives: moments with their parameters, counters everywhere.
+
+    Without it the compiler would choose, differently for the first and the second step.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    place = jax.tree.map(lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else whole, (trainable, memory))
+    shape = jax.eval_shape(functools.partial(init_state, optimizer), trainable, memory)
+    moments = optax.tree.map_params(
+        optimizer, lambda _, s: s, shape.optimizer, place[0], transform_non_params=lambda _: whole
+    )
+    largest = jax.tree.map(lambda _: whole, shape.largest)
+    return TrainState(whole, place[0], moments, place[1], largest, whole)
 
 
 def _check_shape(path: tuple, x: Any) -> tuple[int, ...]:

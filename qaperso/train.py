@@ -42,15 +42,14 @@ def train(config: Any, workdir: Path) -> int:
     # 1. Data, base, and the folder, in that order: bad input is found before anything is written.
     run, store = new_run(config, workdir)
     examples, left_out = run.examples(store, "train")
-    if not examples:
-        raise UserError(f"no training dialogue fits batch.length={config.batch.length}; raise it")
     dev, _ = run.examples(store, "dev", config.dev_dialogues)
     claim_workdir(run)
 
     # 2. State: new, or the newest checkpoint's.
     optimizer, schedule = step.make_optimizer(config, config.steps)
     trainable, memory = initialise(run)
-    state = jax.jit(functools.partial(step.init_state, optimizer))(trainable, memory)
+    spread = step.state_shardings(optimizer, trainable, memory, run.mesh)
+    state = jax.jit(functools.partial(step.init_state, optimizer), out_shardings=spread)(trainable, memory)
     writer = checkpoint.Writer(workdir / CHECKPOINTS, config.keep_latest, config.keep_best)
     start = writer.latest() or 0
     if start:
@@ -59,7 +58,8 @@ def train(config: Any, workdir: Path) -> int:
 
     # 3. Batches of the plan, the jitted step, and who listens.
     feed, rebuild = make_feed(run, examples, start)
-    advance = jax.jit(functools.partial(step.train_step, run.setting, run.method, optimizer), donate_argnums=0)
+    function = functools.partial(step.train_step, run.setting, run.method, optimizer)
+    advance = jax.jit(function, donate_argnums=0, out_shardings=(spread, None))
     key = jax.random.key(config.seed)
     log = Log(run, state.trainable, start, schedule, rebuild)
     stop = StopSignal()
@@ -67,6 +67,8 @@ def train(config: Any, workdir: Path) -> int:
     # 4. The loop. Metrics are fetched one step late, so that dispatch never waits for them.
     with jax.set_mesh(run.mesh), stop:
         pending, validated, code = None, {}, 0
+        if not start:
+            log.write(0, validate(run, state.trainable, dev))
         for number in range(start + 1, config.steps + 1):
             state, fresh = advance(state, run.base, put_batch(next(feed), run.mesh, 1), key)
             pending = log.step(pending, (number, fresh))
@@ -197,6 +199,8 @@ class Log:
 
 def describe(run: Run, trainable: Tree, store: Store, examples: Sequence[Example], left_out: int, start: int) -> None:
     """Overview of parameters and data, before the first step."""
+    # On every host: a mean over shards is a computation of all of them.
+    spread = arrays.flat(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.abs(x).mean(), tree))(trainable))
     if jax.process_index() != 0:
         return
     table = Table(title=f"{run.config.method} in {run.workdir}" + (f", going on at step {start}" if start else ""))
@@ -205,8 +209,9 @@ def describe(run: Run, trainable: Tree, store: Store, examples: Sequence[Example
     total = 0
     for name, x in arrays.flat(trainable).items():
         total += x.size
-        spread = f"{float(jnp.abs(x).mean()):.2e}"
-        table.add_row(name, "x".join(map(str, x.shape)), f"{x.size:,}", spread, str(x.sharding.spec))
+        table.add_row(
+            name, "x".join(map(str, x.shape)), f"{x.size:,}", f"{float(spread[name]):.2e}", str(x.sharding.spec)
+        )
     frozen = sum(x.size for x in jax.tree.leaves(run.base))
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
     console.print(table)

@@ -20,9 +20,6 @@ from qaperso.models import decoder
 from qaperso.models.config import DecoderConfig
 from qaperso.types import QUERIER, RESPONDER, Batch, Example
 
-# Compiling takes nearly all the time of tests of models this small.
-jax.config.update("jax_disable_most_optimizations", True)
-
 Tree = Any
 VOCAB, RESPONDERS, QUERIERS, CLUSTERS = 64, 2, 3, 2
 SHAPE = Shape(rows=8, length=32, targets=24, dialogues=3)

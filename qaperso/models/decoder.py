@@ -154,7 +154,7 @@ def attention(
 
 def swiglu(x: Float[Array, "... D"], gate: Array, up: Array, down: Array) -> Float[Array, "... D"]:
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+    return lora.widen(jax.nn.silu(x @ gate) * (x @ up), down)
 
 
 def layer(

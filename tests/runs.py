@@ -1,0 +1,115 @@
+"""Tiny whole runs, in this process or in one that can be killed."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from helpers import model  # noqa: F401  (switches costly compiler passes off)
+from jax.sharding import AxisType
+
+from qaperso import run, train
+from qaperso.mesh import AXES
+
+ROOT = Path(__file__).resolve().parent.parent
+# Not the user's own cache; shared by all runs of a session, since compiling is what tiny runs spend their time on.
+CACHE = tempfile.mkdtemp(prefix="qaperso-xla-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+CONFIG = """
+from qaperso.config import default
+
+
+def get_config():
+    c = default()
+    c.model.embed, c.model.layers, c.model.heads, c.model.kv_heads, c.model.mlp = 32, 2, 2, 1, 48
+    c.data.per_pair = 3
+    c.data.clusters = 2
+    c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 4, 96, 64, 2
+    c.lora.rank, c.lora.dropout = 2, 0.1
+    c.qar.rank, c.qar.head_dim, c.qar.drop_row = 4, 8, 0.5
+    c.optimizer.warmup = 2
+    c.steps, c.log_every, c.checkpoint_every, c.dev_dialogues = 8, 1, 3, 4
+    c.generate.max_new_tokens = 4
+    c.peak_flops = 1e11
+    return c
+"""
+QAR = ("method=qar",)
+PROTOTYPES = ("method=qar", "qar.contrast=prototypes")
+SFT = ("method=sft",)
+SFT_ALL = ("method=sft", "trainable=all")
+SPEED = ("tokens_per_second", "mfu", "eta")
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs use the first of the fake devices only: compiling for all of them takes longer."""
+    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    monkeypatch.setattr(run, "make_mesh", lambda *_: mesh)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """The tiny configuration as a file."""
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG, encoding="utf-8")
+    return path
+
+
+def arguments(config: Path, workdir: Path, *overrides: str) -> list[str]:
+    """Of `python -m qaperso.train`."""
+    return ["--config", str(config), "--workdir", str(workdir), *(f"--config.{o}" for o in overrides)]
+
+
+def call(main: Callable, *words: Any) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command's `main`."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(w) for w in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def trained(config: Path, workdir: Path, *overrides: str) -> str:
+    """Trains in this process; the last line of stdout."""
+    code, out, err = call(train.main, *arguments(config, workdir, *overrides))
+    assert code == 0, err
+    return out.splitlines()[-1]
+
+
+def start(config: Path, workdir: Path, *overrides: str) -> subprocess.Popen:
+    """Starts `python -m qaperso.train` as a process of its own, which sees one device."""
+    settings = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE}
+    settings |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "qaperso.train", *arguments(config, workdir, *overrides)],
+        cwd=ROOT,
+        env=os.environ | settings,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def record(workdir: Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl without what the clock decides."""
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, every folder with None."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
