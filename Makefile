@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 RUNS ?= runs
+# scenes.jsonl of the Shakespeare dialogues, for make prove
+SCENES ?=
 
 .PHONY: demo test prove lint smollm2 clean
 
@@ -30,7 +32,7 @@ test: $(VENV)/.tested
 	$(RUN) -m pytest -n 2 -m "not slow"
 
 prove: $(VENV)/.tested smollm2
-	$(RUN) -m pytest -m slow -s
+	$(if $(SCENES),SCENES=$(SCENES)) $(RUN) -m pytest -m slow -s
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .

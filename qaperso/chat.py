@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qaperso import reply
 from qaperso.errors import UserError, command, nearest
@@ -41,11 +42,12 @@ def answer_all(run: Run, trainable: Tree, queriers: Sequence[str], text: str, re
     """One query of several queriers, answered side by side."""
     asked = [reply.question(run, [], q, text, responder) for q in queriers]
     found = reply.replies(run, trainable, asked, [run.registry.row(q) for q in queriers], how)
-    table = Table(title=text, show_lines=True)
+    # Text, since what people say may look like markup.
+    table = Table(title=Text(text), show_lines=True)
     table.add_column("querier")
-    table.add_column(f"{responder} replies")
+    table.add_column(Text(f"{responder} replies"))
     for querier, said in zip(queriers, found, strict=True):
-        table.add_row(querier, said)
+        table.add_row(Text(querier), Text(said))
     Console().print(table)
 
 

@@ -21,10 +21,16 @@ ITEMS = ("trainable", "optimizer", "memory", "data")
 
 
 def _open(folder: Path, keep_latest: int = 1, keep_best: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
-    # best_fn alone would evict the newest checkpoint; the policy keeps the newest and the best.
-    best = BestN(get_metric_fn=lambda m: m[METRIC], reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+    # best_fn alone would evict the newest checkpoint, so the policy decides what is kept: the newest and the best. But
+    # without best_fn metrics are not written at all.
+    def score(found: Mapping[str, float]) -> float:
+        return found[METRIC]
+
+    best = BestN(get_metric_fn=score, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
     policy = AnyPreservationPolicy([LatestN(keep_latest), best])
     options = ocp.CheckpointManagerOptions(
+        best_fn=score,
+        best_mode="min",
         preservation_policy=None if read_only else policy,
         cleanup_tmp_directories=not read_only,
         read_only=read_only,

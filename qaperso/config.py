@@ -211,14 +211,13 @@ def from_json(data: dict[str, Any]) -> ConfigDict:
     Raises:
       UserError: a key is missing or unknown, as in a record written by another version.
     """
-    config = default()
-    for key in sorted(set(keys(config)) | set(keys(ConfigDict(data)))):
-        try:
-            value = get(ConfigDict(data), key)
-        except (KeyError, AttributeError) as error:
-            raise UserError(f"the run's record has no config.{key}; it was written by another version") from error
-        if key not in keys(config):
-            raise UserError(f"the run's record has an unknown config.{key}; it was written by another version")
+    config, found = default(), ConfigDict(data)
+    known, given = keys(config), keys(found)
+    for key in sorted(set(known) ^ set(given)):
+        what = "no" if key in known else "an unknown"
+        raise UserError(f"the run's record has {what} config.{key}; it was written by another version")
+    for key in known:
+        value = get(found, key)
         *folders, leaf = key.split(".")
         node = get(config, ".".join(folders)) if folders else config
         node[leaf] = _tuples(value) if isinstance(node[leaf], tuple) else value

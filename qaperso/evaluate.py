@@ -101,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target = workdir / ("eval.json" if known.split == "test" else f"eval_{known.split}.json")
         content = {"metrics": metrics, "config": run.record["config"], "step": step, "split": known.split}
         checkpoint.write_json(target, content)
-        columns[f"{workdir.name} @{step}"] = metrics
+        # Runs of one name in two folders are two columns.
+        alone = [Path(other).name for other in known.workdir].count(workdir.name) == 1
+        columns[f"{workdir.name if alone else name} @{step}"] = metrics
     report.show(f"{known.split} split, 95% intervals", columns)
     return 0
 

@@ -56,8 +56,10 @@ def sample(
     greedy = jnp.argmax(logits, -1)
     scaled = logits / jnp.maximum(temperature, 1e-6)
     ordered = jnp.sort(scaled, -1)[:, ::-1]
-    before = jnp.cumsum(jax.nn.softmax(ordered, -1), -1) - jax.nn.softmax(ordered, -1)
-    lowest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), -1, keepdims=True)
+    probability = jax.nn.softmax(ordered, -1)
+    before = jnp.cumsum(probability, -1) - probability
+    # The likeliest token stays whatever top_p is: nothing comes before it.
+    lowest = jnp.min(jnp.where(before < jnp.maximum(top_p, 1e-9), ordered, jnp.inf), -1, keepdims=True)
     drawn = jax.random.categorical(key, jnp.where(scaled < lowest, -jnp.inf, scaled), -1)
     return jnp.where(temperature > 0, drawn, greedy).astype(jnp.int32)
 

@@ -21,7 +21,8 @@ class MetricsWriter:
     def __init__(self, workdir: Path, start: int):
         """Cuts what a killed run wrote after the checkpoint of step `start` that it now continues from."""
         self._path = workdir / "metrics.jsonl"
-        cut_back(self._path, start)
+        # Step 0 has a line of its own, which a run from the start writes again.
+        cut_back(self._path, start or -1)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
 

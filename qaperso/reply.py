@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qaperso import generate
+from qaperso.data import paper
 from qaperso.data.text import Encoded, encode_prompt
 from qaperso.errors import UserError
 from qaperso.generate import Request
@@ -38,7 +39,13 @@ def make_prompt(run: Run, dialogue: Dialogue) -> Encoded:
     """
     turns = run.method.prompt(run.setting, dialogue)
     length, names = run.config.batch.length, run.config.data.names
-    e = encode_prompt(run.tokenizer, run.template, turns, dialogue.responder, length=length, names=names)
+    how = run.tokenizer, run.template
+    e: Encoded | None
+    if run.config.compat == "paper":
+        e, _ = paper.encode_eval(*how, [*turns, Turn(dialogue.responder, "")], dialogue.responder, length)
+        e = None if e.cut else e  # it cuts the end off, where the reply is to stand
+    else:
+        e = encode_prompt(*how, turns, dialogue.responder, length=length, names=names)
     if e is None:
         raise UserError(f"a query is longer than batch.length={length} tokens: {turns[-1].text[:60]!r}...; shorten it")
     return e
@@ -53,7 +60,11 @@ def question(run: Run, history: Sequence[Turn], querier: str, text: str, respond
 def request(run: Run, trainable: Tree, prompts: Sequence[Encoded], rows: Sequence[int], sampling: Sampling) -> Request:
     """Prompts as one left-padded batch, with what the method adds for its queriers."""
     length = generate.bucket(max(len(p.tokens) for p in prompts))
-    inputs = jax.tree.map(jnp.asarray, generate.left_pad(prompts, rows, length))
+    inputs = generate.left_pad(prompts, rows, length)
+    if run.config.compat == "paper":
+        attend = inputs.attend & (inputs.tokens != run.setting.model.eos_ids[0])
+        inputs = inputs.replace(attend=attend, position=paper.generation_positions(attend))
+    inputs = jax.tree.map(jnp.asarray, inputs)
     adapters = run.method.condition(run.setting, trainable, inputs)
     return Request(inputs, adapters, sampling.temperature, sampling.top_p, sampling.seed)
 
@@ -89,9 +100,11 @@ def stream(run: Run, trainable: Tree, dialogue: Dialogue, row: int, sampling: Sa
     """One reply piece by piece; the pieces together are the reply."""
     asked = request(run, trainable, [make_prompt(run, dialogue)], [row], sampling)
     params, fixed, said = run.params_of(trainable), _fixed(run), ""
-    state = generate.begin(trainable, params, asked, new_tokens=sampling.new_tokens, **fixed)
+    with jax.set_mesh(run.mesh):
+        state = generate.begin(trainable, params, asked, new_tokens=sampling.new_tokens, **fixed)
     for until in range(1, sampling.new_tokens + 1):
-        state = generate.advance(trainable, params, asked, state, until, **fixed)
+        with jax.set_mesh(run.mesh):
+            state = generate.advance(trainable, params, asked, state, until, **fixed)
         number, out, done = (np.asarray(x) for x in (state.number, state.out, state.done))
         text = decode(run, generate.trim(out[:, :number], run.setting.model)[0])
         finished = bool(done.all()) or until == sampling.new_tokens

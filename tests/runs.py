@@ -1,9 +1,10 @@
-"""Tiny whole runs, in this process or in one that can be killed."""
+"""Tiny whole runs, in this process or in one that is killed."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import io
 import json
 import os
@@ -15,12 +16,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import helpers  # noqa: F401  (its import switches costly compiler passes off)
 import jax
+import ml_collections
 import pytest
-from helpers import model  # noqa: F401  (switches costly compiler passes off)
 from jax.sharding import AxisType
 
 from qaperso import run, train
+from qaperso.data import load
 from qaperso.mesh import AXES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,17 +58,32 @@ SFT_ALL = ("method=sft", "trainable=all")
 SPEED = ("tokens_per_second", "mfu", "eta")
 
 
-@pytest.fixture
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs use the first of the fake devices only: compiling for all of them takes longer."""
-    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    monkeypatch.setattr(run, "make_mesh", lambda *_: mesh)
+def one_mesh() -> jax.sharding.Mesh:
+    """A mesh of the first of the fake devices: compiling for all of them takes longer."""
+    return jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
 
-@pytest.fixture
-def config_file(tmp_path: Path) -> Path:
+@functools.cache
+def _store(data: str) -> Any:
+    return _load_store(ml_collections.ConfigDict(json.loads(data)))
+
+
+_load_store = load.load_store
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs of a module use one device, and read equal data once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_mesh", lambda *_: one_mesh())
+        patch.setattr(load, "load_store", lambda data: _store(data.to_json_best_effort()))
+        yield
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory) -> Path:
     """The tiny configuration as a file."""
-    path = tmp_path / "tiny.py"
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
     path.write_text(CONFIG, encoding="utf-8")
     return path
 
@@ -84,24 +102,18 @@ def call(main: Callable, *words: Any) -> tuple[int, str, str]:
 
 
 def trained(config: Path, workdir: Path, *overrides: str) -> str:
-    """Trains in this process; the last line of stdout."""
+    """Trains in this process; what stdout got."""
     code, out, err = call(train.main, *arguments(config, workdir, *overrides))
     assert code == 0, err
-    return out.splitlines()[-1]
+    return out
 
 
-def start(config: Path, workdir: Path, *overrides: str) -> subprocess.Popen:
-    """Starts `python -m qaperso.train` as a process of its own, which sees one device."""
+def spawn(config: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Runs `python -m qaperso.train` as a process of its own, which sees one device."""
     settings = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": CACHE}
     settings |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "qaperso.train", *arguments(config, workdir, *overrides)],
-        cwd=ROOT,
-        env=os.environ | settings,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = [sys.executable, "-m", "qaperso.train", *arguments(config, workdir, *overrides)]
+    return subprocess.run(words, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300)
 
 
 def record(workdir: Path) -> list[dict[str, float]]:

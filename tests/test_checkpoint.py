@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import helpers
 import jax
 import jax.numpy as jnp
@@ -17,8 +15,8 @@ from qaperso.errors import UserError
 
 def state(rank: int = 2, value: float = 1.0) -> step.TrainState:
     """A state with a memory and with every leaf different."""
-    params = {"lora": {"a": jnp.full((2, 4, rank), value), "b": jnp.arange(2.0 * rank).reshape(2, rank)}}
-    made = step.init_state(optax.adam(1e-3), params, {"sums": jnp.full((3,), value + 1)})
+    params = {"lora": {"a": jnp.full((2, 4, rank), float(value)), "b": jnp.arange(2.0 * rank).reshape(2, rank)}}
+    made = step.init_state(optax.adam(1e-3), params, {"sums": jnp.full((3,), value + 1.0)})
     return made.replace(step=jnp.int32(7), skipped=jnp.int32(2))
 
 
@@ -102,8 +100,10 @@ def test_a_half_written_step_is_not_there(tmp_path):
     assert torn.exists()  # a reader leaves it alone: somebody may be writing it
     writer = checkpoint.Writer(tmp_path, keep_latest=1, keep_best=1)
     assert writer.latest() == 3
+    writer.save(6, state(), None)
     writer.close()
     assert not torn.exists()
+    assert checkpoint.steps(tmp_path) == {6: None}
 
 
 def test_no_checkpoint_is_an_error(tmp_path):
@@ -119,5 +119,5 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     before = path.read_bytes()
     assert before.decode("utf-8") == '{\n "name": "Zoë",\n "value": 0.1\n}\n'
     with pytest.raises(TypeError):
-        checkpoint.write_json(path, {"name": functools})
+        checkpoint.write_json(path, {"name": object()})
     assert path.read_bytes() == before

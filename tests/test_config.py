@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaperso import config as configs
@@ -145,6 +145,7 @@ def test_records_of_other_versions_are_refused():
         configs.from_json(data)
 
 
+@settings(max_examples=20, deadline=None)
 @given(st.floats(min_value=1e-30, max_value=1e30), st.text(), st.lists(st.text(min_size=1), max_size=3))
 def test_records_keep_every_digit_and_letter(lr, path, names):
     config = configs.default()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,9 +19,6 @@ from qaperso.methods import base as base_method
 from qaperso.methods import qar
 from qaperso.models import decoder, towers
 from qaperso.types import RESPONDER, Turn
-
-# Compiling takes nearly all the time.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 def close(ours, theirs, what: str) -> None:
@@ -39,7 +37,7 @@ def split(setting, tree: dict) -> tuple[dict, dict, dict]:
     """Recorded parameters as (trainable, base, memory) of the run."""
     base, heads = tree.pop("base"), tree["heads"]
     _, memory = qar.declare(setting)
-    memory = arrays.initialise(memory, jax.random.key(0))
+    memory = helpers.drawn(memory, 0)
     if setting.config.trainable == "all":
         return {"base": base, **tree}, {}, memory
     tree["heads"] = {"norm_p": heads["norm_p"]}

@@ -6,30 +6,34 @@ import math
 from collections.abc import Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-Metrics = Mapping[str, Mapping[str, float]]
+Metrics = Mapping[str, Mapping[str, float | None]]
 
 
 def table(title: str, columns: Mapping[str, Metrics]) -> Table:
     """Metrics by row, runs by column; each cell is the value with its interval."""
-    result = Table(title=title)
+    result = Table(title=escape(title))
     result.add_column("metric")
     for name in columns:
-        result.add_column(name, justify="right")
+        result.add_column(escape(name), justify="right")
     names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
     for name in names:
         result.add_row(name, *(cell(metrics.get(name)) for metrics in columns.values()))
     return result
 
 
-def cell(metric: Mapping[str, float] | None) -> str:
-    """`0.912 [0.874, 0.946] n=223`."""
-    if metric is None:
+def cell(metric: Mapping[str, float | None] | None) -> str:
+    """`0.912 [0.874, 0.946] n=223`; "-" where there is no value."""
+    if metric is None or _missing(metric["value"]):
         return "-"
-    low, high = metric["low"], metric["high"]
-    interval = "" if low is None or math.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+    interval = "" if _missing(metric["low"]) else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
     return f"{metric['value']:.3f}{interval} n={metric['n']}"
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or math.isnan(value)
 
 
 def show(title: str, columns: Mapping[str, Metrics]) -> None:
@@ -41,6 +45,6 @@ def show(title: str, columns: Mapping[str, Metrics]) -> None:
 def jsonable(metrics: Metrics) -> dict[str, dict[str, float | None]]:
     """NaN becomes null, as JSON has no NaN."""
     return {
-        name: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in metric.items()}
+        name: {k: None if _missing(v) else v for k, v in metric.items()}
         for name, metric in metrics.items()
     }

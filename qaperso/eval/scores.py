@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from rouge_score.rouge_scorer import RougeScorer
 
+from qaperso.data import paper
 from qaperso.data.batches import sequential
 from qaperso.mesh import put_batch
 from qaperso.methods import Setting, base
@@ -37,6 +38,8 @@ def reply_nll(run: Run, trainable: Tree, examples: Sequence[Example]) -> tuple[n
     sums, counts = np.zeros(len(examples)), np.zeros(len(examples))
     with jax.set_mesh(run.mesh):
         for batch, rows in sequential(examples, run.shape):
+            if run.config.compat == "paper":
+                batch = paper.as_published(batch, run.setting.model.eos_ids[0])
             found = batch_nll(run.setting, run.method, trainable, run.base, put_batch(batch, run.mesh, 0))
             total, number = map(np.asarray, found)
             for r, row in enumerate(rows):
@@ -65,7 +68,8 @@ def bootstrap(
       draws: number of resamples.
 
     Returns:
-      {"value", "low", "high", "n"}; n counts items. With a single group there is no interval: low and high are NaN.
+      {"value", "low", "high", "n"}; n counts items. With a single group there is no interval: low and high are NaN,
+      and so is the value where nothing was counted.
     """
     names, member = np.unique(np.asarray(groups, str), return_inverse=True)
     total = np.bincount(member, sums, len(names))
@@ -75,4 +79,5 @@ def bootstrap(
         picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
         means = total[picks].sum(1) / np.maximum(number[picks].sum(1), 1e-12)
         low, high = map(float, np.quantile(means, [0.025, 0.975]))
-    return {"value": float(total.sum() / number.sum()), "low": low, "high": high, "n": len(sums)}
+    value = float(total.sum() / number.sum()) if number.sum() else float("nan")
+    return {"value": value, "low": low, "high": high, "n": len(sums)}

@@ -1,0 +1,47 @@
+"""Tiny runs of the embedded world that were never trained."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import helpers
+import jax
+import pytest
+from jax.sharding import AxisType
+
+from qaperso import config as configs
+from qaperso import run as runs
+from qaperso.data.store import Store
+from qaperso.mesh import AXES
+from qaperso.models import decoder
+from qaperso.models.config import DecoderConfig
+from qaperso.run import Run
+
+Tree = Any
+
+
+@functools.cache
+def opened(**changes: Any) -> tuple[Run, Store, Tree]:
+    """A run on the first device, its data and trainable values in which nothing is zero; nobody may change them.
+
+    The base has two layers of width 32 and values that numpy drew. `changes` are config keys, `__` for their dots.
+    """
+    c = configs.default()
+    c.model.update(embed=32, layers=2, heads=2, kv_heads=1, mlp=48)
+    c.data.update(per_pair=3, clusters=2)
+    c.batch.update(rows=4, length=128, targets=64, dialogues=3)
+    c.lora.update(rank=4, alpha=4.0, dropout=0.0)
+    c.qar.update(rank=4, head_dim=8)
+    c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+
+    def weights(location: Any, model: DecoderConfig, *rest: Any) -> Tree:
+        return helpers.shaken(helpers.drawn(decoder.declare(model), 0), 1, 0.2)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "make_mesh", lambda *_: mesh)
+        patch.setattr(runs, "load_weights", weights)
+        run, store = runs.new_run(c, Path("never written"))
+    return run, store, helpers.shaken(helpers.drawn(runs.declare(run)[0], 2), 3, 0.2)
