@@ -11,9 +11,9 @@ def get_config():
     c.qar.contrast = "in_batch"
     c.qar.drop_row = 0.5  # only dialogues without their row are contrasted: half of them, so that there are pairs
     c.qar.rank = 32
-    c.lora.rank, c.lora.dropout = 16, 0.0
-    c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 20, 96, 64, 2
-    c.optimizer.lr, c.optimizer.warmup = 3e-3, 30
-    c.steps = 250
-    c.checkpoint_every = 250
+    c.lora.rank, c.lora.alpha, c.lora.dropout = 16, 32.0, 0.0
+    c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 10, 96, 64, 2
+    c.optimizer.lr, c.optimizer.warmup = 8e-3, 30
+    c.steps = 450
+    c.checkpoint_every = 150
     return c

@@ -80,9 +80,11 @@ class Run:
 
     def examples(self, store: Store, split: str, limit: int | None = None) -> tuple[list[Example], int]:
         """Tokenised dialogues of a split (the first `limit`), and how many were left out as too long."""
-        return load.encode_split(store, store.split(split)[:limit], self.encode, self.shape)
+        # Every split but training predicts replies only: scores compare runs whatever they learned from.
+        encode = functools.partial(self.encode, labels=self.config.data.labels if split == "train" else "reply")
+        return load.encode_split(store, store.split(split)[:limit], encode, self.shape)
 
-    def encode(self, dialogue: Dialogue) -> Encoded | None:
+    def encode(self, dialogue: Dialogue, labels: str = "reply") -> Encoded | None:
         """Tokens of a dialogue with the prompt that the method makes of it; None when it does not fit a row."""
         turns = [*self.method.prompt(self.setting, dialogue), dialogue.turns[-1]]
         length, data = self.config.batch.length, self.config.data
@@ -94,7 +96,7 @@ class Run:
             turns,
             dialogue.responder,
             length=length,
-            labels=data.labels,
+            labels=labels,
             names=data.names,
         )
 

@@ -136,7 +136,9 @@ def inputs(ids, mask, role, cluster, position=None) -> Inputs:
 
 def batch(arrays: dict, step: int) -> Batch:
     """The recorded batch of a step."""
-    get = {k: arrays[f"in{step}/{k}"] for k in ("input_ids", "labels", "attention_mask", "role_pos_ids", "role_pair_id")}
+    get = {
+        k: arrays[f"in{step}/{k}"] for k in ("input_ids", "labels", "attention_mask", "role_pos_ids", "role_pair_id")
+    }
     cluster = arrays[f"in{step}/cluster_ids"]
     label = get["labels"][:, 1:]
     weight = (label != -100).astype(np.float32)

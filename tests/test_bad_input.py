@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from helpers import drawn
-from runs import CONFIG, SFT, arguments, call, contents, trained
+from tiny import CONFIG, SFT, arguments, call, contents, one_device  # noqa: F401
+from tiny import finished as finish
 
 from qaperso import chat, evaluate, run, train
+from qaperso.mesh import make_mesh
 from qaperso.models import decoder, hf
 from qaperso.models.config import DecoderConfig
 
+pytestmark = pytest.mark.usefixtures("one_device")
 SCENE = {"group": "one", "turns": [{"speaker": "Ann", "text": "Where is it?"}, {"speaker": "Bob", "text": "There."}]}
 MQ = [{"from": "Ann", "value": "Where is it?"}, {"from": "Bob", "value": "There."}]
 
@@ -43,13 +46,10 @@ def refuse_training(folder: Path, *overrides: str, config: str = "tiny.py", work
     return line
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """A finished run of one step on all fake devices."""
-    root = tmp_path_factory.mktemp("finished")
-    (root / "tiny.py").write_text(CONFIG, encoding="utf-8")
-    trained(root / "tiny.py", root / "run", *SFT, "steps=1", "batch.rows=8")
-    return root / "run"
+@pytest.fixture
+def finished() -> Path:
+    """A finished run of plain LoRA; to be left as it is."""
+    return finish("adapter")[0]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,8 @@ def test_configurations(folder, overrides, parts):
     assert all(part in line for part in parts), line
 
 
-def test_mesh_and_sharding(folder):
+def test_mesh_and_sharding(folder, monkeypatch):
+    monkeypatch.setattr(run, "make_mesh", make_mesh)
     assert "config.mesh data=3 fsdp=1 tensor=1 does not make 8 devices" in refuse_training(folder, "mesh.data=3")
     assert "does not make 8 devices" in refuse_training(folder, "mesh.fsdp=-1")
     line = refuse_training(folder, "batch.rows=12")
@@ -153,7 +154,7 @@ def test_base_of_other_shapes_or_broken(folder, finished):
     small = DecoderConfig(vocab=32, embed=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp=24, eos_ids=(1,))
     hf.save(path, drawn(decoder.declare(small), 0), small)
     shutil.copytree(finished / "tokenizer", path, dirs_exist_ok=True)
-    words = ("batch.rows=8", f"base={path}")
+    words = (f"base={path}",)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     line = refuse_training(folder, *words)
@@ -170,11 +171,11 @@ def test_base_of_other_shapes_or_broken(folder, finished):
 
 def test_workdirs_that_are_not_this_run(folder, finished):
     shutil.copytree(finished, folder / "run")
-    line = refuse_training(folder, *SFT, "steps=1", "batch.rows=8", "optimizer.lr=0.5")
-    assert "is the workdir of another config (optimizer.lr: 0.001 -> 0.5)" in line
+    line = refuse_training(folder, *SFT, "optimizer.lr=0.5")
+    assert "is the workdir of another config (optimizer.lr: 0.05 -> 0.5)" in line
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.txt").write_text("years of work")
-    words = (*SFT, "batch.rows=8")
+    words = SFT
     assert "exists and is not a run's folder" in refuse_training(folder, *words, workdir="foreign")
     assert "exists and is not a run's folder" in refuse_training(folder, *words, workdir="scenes.jsonl")
     assert "cannot be made" in refuse_training(folder, *words, workdir="scenes.jsonl/run")
@@ -182,20 +183,20 @@ def test_workdirs_that_are_not_this_run(folder, finished):
 
 def test_broken_record(folder, finished):
     shutil.copytree(finished, folder / "run")
-    words = (*SFT, "steps=1", "batch.rows=8")
+    words = SFT
     (folder / "run" / "run.json").write_text('{"config": ')
     assert "run.json is broken" in refuse_training(folder, *words)
     (folder / "run" / "run.json").write_text("[]")
     assert "run.json has no 'config'" in refuse_training(folder, *words)
 
 
-def test_data_that_changed_since(folder, finished, monkeypatch):
+def test_data_that_changed_since(folder, finished):
     shutil.copytree(finished, folder / "run")
     path = folder / "run" / "run.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     data["registry"]["queriers"][0] = "Nobody"
     path.write_text(json.dumps(data), encoding="utf-8")
-    line = refuse_training(folder, *SFT, "steps=1", "batch.rows=8")
+    line = refuse_training(folder, *SFT)
     assert "the queriers changed since this run began" in line
 
 
@@ -242,4 +243,4 @@ def test_weights_of_another_declaration(folder, finished):
     data["config"]["lora"]["rank"] = 3
     path.write_text(json.dumps(data), encoding="utf-8")
     line = refused(chat.main, "--workdir", folder / "run", "--querier", "stranger", "--once", "Are you open?")
-    assert line.startswith("checkpoint 1, trainable: 'lora/down/a' is")
+    assert "trainable: 'lora/down/a' is" in line

@@ -67,7 +67,9 @@ def test_trainable_and_memory_alone_come_back(folder):
 
 def test_another_declaration_is_refused_by_name(folder):
     wanted = like(state(rank=3))
-    message = r"checkpoint 2, trainable: 'lora/a' is \(\(2, 4, 2\), 'float32'\), the configuration declares \(\(2, 4, 3\)"
+    message = (
+        r"checkpoint 2, trainable: 'lora/a' is \(\(2, 4, 2\), 'float32'\), the configuration declares \(\(2, 4, 3\)"
+    )
     with pytest.raises(UserError, match=message):
         checkpoint.load_trainable(folder, 2, wanted.trainable, {})
     more = {**like(state()).trainable, "tower": jax.ShapeDtypeStruct((2,), np.float32)}

@@ -23,7 +23,9 @@ FILES = sorted((ROOT / "configs").glob("*.py"))
 def write(folder: Path, body: str) -> Path:
     """A config file whose get_config() runs `body` on the default, `c`."""
     path = folder / "some.py"
-    path.write_text(f"from qaperso.config import default\n\ndef get_config():\n    c = default()\n    {body}\n    return c\n")
+    path.write_text(
+        f"from qaperso.config import default\n\ndef get_config():\n    c = default()\n    {body}\n    return c\n"
+    )
     return path
 
 

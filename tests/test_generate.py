@@ -30,25 +30,36 @@ NEW = 6
 LENGTHS, ROWS = (9, 4, 7), (1, 0, 3)
 
 
-@pytest.fixture
-def drawn_from(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[np.ndarray]]:
-    """The logits [B, V] of every step that is computed, in order."""
+SAMPLE = generate.sample
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_step() -> Iterator[list[np.ndarray]]:
+    """The logits [B, V] of every step that is computed. In all of this module, so that little is compiled twice."""
     seen: list[np.ndarray] = []
-    sample = generate.sample
 
     def spy(logits: jax.Array, *rest: jax.Array) -> jax.Array:
         jax.debug.callback(lambda x: seen.append(np.array(x)), logits, ordered=True)
-        return sample(logits, *rest)
+        return SAMPLE(logits, *rest)
 
-    monkeypatch.setattr(generate, "sample", spy)
-    clear()
-    yield seen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "sample", spy)
+        clear()
+        yield seen
     clear()
 
 
 def clear() -> None:
     generate.begin.clear_cache()
     generate.advance.clear_cache()
+
+
+@pytest.fixture
+def drawn_from(every_step: list[np.ndarray]) -> list[np.ndarray]:
+    """The logits of every step of this test, in order."""
+    jax.effects_barrier()
+    every_step.clear()
+    return every_step
 
 
 def close(ours: Any, theirs: Any) -> None:
@@ -77,7 +88,9 @@ def prompts() -> list[Encoded]:
     rng = np.random.default_rng(0)
     made = []
     for n in LENGTHS:
-        made.append(Encoded(rng.integers(2, helpers.VOCAB, n).astype(np.int32), np.ones(n, np.int32), np.zeros(n, bool)))
+        made.append(
+            Encoded(rng.integers(2, helpers.VOCAB, n).astype(np.int32), np.ones(n, np.int32), np.zeros(n, bool))
+        )
     return made
 
 
@@ -211,7 +224,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(ranks, gap, temperat
     ]
 
 
-draw = jax.jit(lambda *arguments: generate.sample(*arguments))
+draw = jax.jit(lambda *arguments: SAMPLE(*arguments))
 
 
 def test_frequencies_are_those_of_the_temperature() -> None:

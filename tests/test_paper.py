@@ -15,10 +15,11 @@ import pytest
 from qaperso import arrays, losses, step
 from qaperso.data import paper as layout
 from qaperso.data import text
+from qaperso.data.store import make_store
 from qaperso.methods import base as base_method
 from qaperso.methods import qar
 from qaperso.models import decoder, towers
-from qaperso.types import RESPONDER, Turn
+from qaperso.types import QUERIER, RESPONDER, TEMPLATE, Dialogue, Turn
 
 
 def close(ours, theirs, what: str) -> None:
@@ -194,3 +195,89 @@ def test_layout_is_the_published_one(system: str) -> None:
         np.testing.assert_array_equal(tokens != 2, expect["attention_mask"])
         role = np.pad(np.where(p.role == 2, querier, p.role), (pad, 0))
         np.testing.assert_array_equal(role, expect["role_pos_ids"])
+
+
+def test_the_llama_variant_is_a_matter_of_configuration() -> None:
+    data, facts = recorded("qwen_lora")
+    setting = paper.setting("qwen_lora", rank=64, family="llama")
+    trainable, base, memory = helpers.build(setting, qar)
+    assert not [name for name in arrays.flat(base) if name.endswith("_bias")]
+    layers, width = setting.model.layers, setting.model.embed
+    assert {k: v.shape for k, v in trainable["tower"]["specific"].items()} == {
+        "gate": (layers, width, 64),
+        "up": (layers, width, 64),
+        "down": (layers, 64, width),
+    }
+    assert "alpha" not in trainable["tower"] and "rows" not in trainable["tower"]
+    opt = optimizer(facts["optimizer_args"], facts["optimizer"])
+    state = step.init_state(opt, trainable, memory)
+    batch = jax.tree.map(lambda x: x[None], paper.batch(data, 0))
+    new, metrics = helpers.stepper(setting, qar, opt)(state, base, batch, jax.random.key(0))
+    assert metrics["finite"] == 1 and metrics["contrast"] > 0
+    moved = {k for k, v in arrays.flat(new.trainable).items() if (v != arrays.flat(trainable)[k]).any()}
+    # LoRA-A faces a B that is zero at first; it moves by weight decay alone.
+    assert moved == set(arrays.flat(trainable))
+    for name in ("kernel", "bias"):
+        np.testing.assert_array_equal(new.memory["heads"][name], memory["heads"][name])
+    assert new.memory["prototypes"]["written"].sum() == batch.inputs.tokens.shape[1]
+
+
+HEADERS = WordTokenizer({"<|begin_of_text|>": 1, "<|eot_id|>": 2, "<|start_header_id|>": 5, "<|end_header_id|>": 6})
+
+
+def test_the_llama_layout_written_out() -> None:
+    template = text.template_of(HEADERS)
+    turns = [Turn("t71", "t9"), Turn("t70", "t10 t11"), Turn("t71", "t12")]
+    t, r, q = TEMPLATE, RESPONDER, QUERIER
+
+    # The responder's opening turn is left out; markers are labels, headers and what the querier says are not.
+    e = layout.encode_train(HEADERS, template, turns, "t71", 32)
+    assert e.tokens.tolist() == [1, 5, 70, 6, 3, 10, 11, 2, 5, 71, 6, 3, 12, 2]
+    assert e.role.tolist() == [t, t, q, q, q, q, q, t, t, r, r, r, r, t]
+    assert np.flatnonzero(e.predicted).tolist() == [1, 7, 8, 12, 13]
+    short = layout.encode_train(HEADERS, template, turns, "t71", 9)
+    assert short.tokens.tolist() == e.tokens[:9].tolist() and short.cut == 5
+
+    p, target = layout.encode_eval(HEADERS, template, turns, "t71", 32)
+    assert p.tokens.tolist() == [1, 5, 71, 6, 3, 9, 2, 5, 70, 6, 3, 10, 11, 2, 5, 71, 6, 3]
+    assert p.role.tolist() == [t, t, r, r, r, r, t, t, q, q, q, q, q, t, t, r, r, r]
+    assert target.tolist() == [12]
+
+    told = layout.encode_train(HEADERS, template, turns, "t71", 32, system="t8")
+    assert told.tokens.tolist() == [1, 5, 4, 6, 3, 8, 2, *e.tokens[1:].tolist()]
+
+
+def test_every_cluster_has_a_class_for_every_querier_and_two_empty_ones() -> None:
+    def talk(name: str, querier: str, responder: str, split: str) -> Dialogue:
+        return Dialogue(name, responder, querier, (Turn(querier, name), Turn(responder, name)), name, split=split)
+
+    asked = [("ann", "cy"), ("bo", "cy"), ("eve", "dee"), ("ann", "dee")]
+    dialogues = [talk(f"d{i}", *pair, "train") for i, pair in enumerate(asked * 2)] + [talk("new", "new", "cy", "dev")]
+    store = make_store(dialogues, np.arange(len(dialogues), dtype=np.int32) // 4 % 2)
+    grid = layout.class_grid(store)
+    # 2 responders, 2 clusters, 3 queriers and 2 rows more.
+    assert {k: v.shape for k, v in grid.classes.items()} == dict.fromkeys(("responder", "querier", "cluster"), (20,))
+    keys = list(zip(*(grid.classes[k].tolist() for k in ("responder", "cluster", "querier")), strict=True))
+    assert keys == [(r, c, q) for r in range(2) for c in range(2) for q in range(1, 6)]
+    for i in range(8):
+        assert keys[grid.label[i]] == (store.responder[i], store.cluster[i], store.row[i])
+    assert grid.label[8] == -1  # nobody of that name is in the training data
+    assert not {q for _, _, q in (keys[label] for label in grid.label[:8])} & {4, 5}
+    assert grid.dialogues == store.dialogues and (grid.row == store.row).all()
+
+
+def test_as_published_padding_is_whatever_equals_end_of_turn() -> None:
+    batch = helpers.batch(0, shape=helpers.SINGLE)
+    pad, real = 1, batch.inputs.segment > 0
+    tokens = batch.inputs.tokens.copy()
+    tokens[0, 2] = pad  # an end-of-turn within the dialogue
+    seen = layout.as_published(batch.replace(inputs=batch.inputs.replace(tokens=tokens)), pad)
+    assert not real.all() and real[0, 2]
+    np.testing.assert_array_equal(seen.inputs.tokens, np.where(real, tokens, pad))
+    np.testing.assert_array_equal(seen.inputs.attend, real & (tokens != pad))
+    assert not seen.inputs.attend[0, 2]
+    assert (seen.inputs.segment == 1).all() and (seen.inputs.position == np.arange(real.shape[1])).all()
+    for name in ("role", "querier", "responder", "cluster", "present"):
+        np.testing.assert_array_equal(getattr(seen.inputs, name), getattr(batch.inputs, name))
+    for name in ("target_index", "target", "weight"):
+        np.testing.assert_array_equal(getattr(seen, name), getattr(batch, name))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -45,3 +47,10 @@ def opened(**changes: Any) -> tuple[Run, Store, Tree]:
         patch.setattr(runs, "load_weights", weights)
         run, store = runs.new_run(c, Path("never written"))
     return run, store, helpers.shaken(helpers.drawn(runs.declare(run)[0], 2), 3, 0.2)
+
+
+def changed(run: Run, **changes: Any) -> Run:
+    """The run with other config keys, where they change neither data nor parameters."""
+    config = copy.deepcopy(run.config)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return dataclasses.replace(run, setting=dataclasses.replace(run.setting, config=config))

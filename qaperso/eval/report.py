@@ -32,7 +32,7 @@ def cell(metric: Mapping[str, float | None] | None) -> str:
     return f"{metric['value']:.3f}{interval} n={metric['n']}"
 
 
-def _missing(value: float | None) -> bool:
+def _missing(value: float | int | None) -> bool:
     return value is None or math.isnan(value)
 
 
@@ -44,7 +44,4 @@ def show(title: str, columns: Mapping[str, Metrics]) -> None:
 
 def jsonable(metrics: Metrics) -> dict[str, dict[str, float | None]]:
     """NaN becomes null, as JSON has no NaN."""
-    return {
-        name: {k: None if _missing(v) else v for k, v in metric.items()}
-        for name, metric in metrics.items()
-    }
+    return {name: {k: None if _missing(v) else v for k, v in metric.items()} for name, metric in metrics.items()}

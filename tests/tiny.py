@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,9 @@ from qaperso.mesh import AXES
 
 ROOT = Path(__file__).resolve().parent.parent
 # Not the user's own cache; shared by all runs of a session, since compiling is what tiny runs spend their time on.
-CACHE = tempfile.mkdtemp(prefix="qaperso-xla-")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+FOLDER = Path(tempfile.mkdtemp(prefix="qaperso-test-"))
+CACHE = str(FOLDER / "xla")
+atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
@@ -51,10 +52,13 @@ def get_config():
     c.peak_flops = 1e11
     return c
 """
+TINY = FOLDER / "tiny.py"
+TINY.write_text(CONFIG, encoding="utf-8")
 QAR = ("method=qar",)
 PROTOTYPES = ("method=qar", "qar.contrast=prototypes")
-SFT = ("method=sft",)
+SFT = ("method=sft", "optimizer.lr=0.05")
 SFT_ALL = ("method=sft", "trainable=all")
+RUNS = {"qar": QAR, "prototypes": PROTOTYPES, "adapter": SFT, "all": SFT_ALL}
 SPEED = ("tokens_per_second", "mfu", "eta")
 
 
@@ -71,21 +75,20 @@ def _store(data: str) -> Any:
 _load_store = load.load_store
 
 
-@pytest.fixture(scope="module")
-def one_device():
-    """Runs of a module use one device, and read equal data once."""
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """Runs use one device, and read equal data once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "make_mesh", lambda *_: one_mesh())
         patch.setattr(load, "load_store", lambda data: _store(data.to_json_best_effort()))
         yield
 
 
-@pytest.fixture(scope="session")
-def config_file(tmp_path_factory) -> Path:
-    """The tiny configuration as a file."""
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(CONFIG, encoding="utf-8")
-    return path
+@pytest.fixture(scope="module")
+def one_device() -> Iterator[None]:
+    """`patched` for a module."""
+    with patched():
+        yield
 
 
 def arguments(config: Path, workdir: Path, *overrides: str) -> list[str]:
@@ -106,6 +109,13 @@ def trained(config: Path, workdir: Path, *overrides: str) -> str:
     code, out, err = call(train.main, *arguments(config, workdir, *overrides))
     assert code == 0, err
     return out
+
+
+@functools.cache
+def finished(name: str) -> tuple[Path, str]:
+    """The folder of a finished run of `RUNS`, trained once a session, and what stdout got. Copy it to change it."""
+    with patched():
+        return FOLDER / name, trained(TINY, FOLDER / name, *RUNS[name])
 
 
 def spawn(config: Path, workdir: Path, *overrides: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,147 @@
+"""Scores: overlap by hand, intervals by a second computation, likelihoods by plain logits."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import untrained
+
+from qaperso.data.batches import sequential
+from qaperso.eval import scores
+from qaperso.models import decoder, lora
+from qaperso.run import Run
+from qaperso.types import Example
+
+Tree = Any
+
+
+def test_rouge_by_hand() -> None:
+    references = ["the cat sat on the mat", "good day", "Good day!", "one two", "a b c d", ""]
+    replies = ["the cat lay on a mat", "good day", "good day", "three", "d c b a", "something"]
+    found = scores.rouge(references, replies)
+    # 4 of 6 words; "the cat" of 5 pairs; the cat on mat in order.
+    np.testing.assert_allclose(found["rouge_1"], [4 / 6, 1, 1, 0, 1, 0])
+    np.testing.assert_allclose(found["rouge_2"], [1 / 5, 1, 1, 0, 0, 0])
+    np.testing.assert_allclose(found["rouge_l"], [4 / 6, 1, 1, 0, 1 / 4, 0])
+    # Precision 1, recall 1/2: their harmonic mean. No stemming.
+    found = scores.rouge(["two loaves here now", "walk"], ["two loaves", "walking"])
+    np.testing.assert_allclose(found["rouge_1"], [2 / 3, 0])
+    with pytest.raises(ValueError):
+        scores.rouge(["a"], [])
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    items=st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9), st.sampled_from("abcde")), min_size=1, max_size=12),
+    seed=st.integers(0, 2**31),
+)
+def test_bootstrap_is_its_definition(items: list[tuple[float, int, str]], seed: int) -> None:
+    sums, counts, groups = (np.array(column) for column in zip(*items, strict=True))
+    found = scores.bootstrap(sums, counts, groups.tolist(), seed, draws=50)
+    assert found["n"] == len(items)
+    assert found["value"] == pytest.approx(sums.sum() / counts.sum())
+    names = sorted(set(groups))
+    if len(names) == 1:
+        assert np.isnan(found["low"]) and np.isnan(found["high"])
+        return
+    means = []
+    for pick in np.random.default_rng(seed).integers(len(names), size=(50, len(names))):
+        members = np.concatenate([np.flatnonzero(groups == names[g]) for g in pick])
+        means.append(sums[members].sum() / counts[members].sum())
+    assert [found["low"], found["high"]] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist())
+
+
+def test_the_interval_holds_the_mean_and_narrows() -> None:
+    rng = np.random.default_rng(0)
+    widths = []
+    for n in (30, 300, 3000):
+        found = scores.bootstrap(rng.normal(2, 1, n), np.ones(n), [str(i) for i in range(n)])
+        assert found["low"] < found["value"] < found["high"]
+        widths.append(found["high"] - found["low"])
+        # Twice 1.96 standard errors of a mean of n normal draws.
+        assert widths[-1] == pytest.approx(3.92 / np.sqrt(n), rel=0.3)
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_groups_are_resampled_and_not_items() -> None:
+    # Of two groups a quarter of all resamples hold only the one, a quarter only the other.
+    values = np.repeat([0.0, 1.0], 50)
+    found = scores.bootstrap(values, np.ones(100), ["scene 1"] * 50 + ["scene 2"] * 50)
+    assert (found["low"], found["value"], found["high"]) == (0.0, 0.5, 1.0)
+    alone = scores.bootstrap(values, np.ones(100), [str(i) for i in range(100)])
+    assert 0.35 < alone["low"] < 0.5 < alone["high"] < 0.65
+
+
+def test_nothing_counted_has_no_mean(recwarn: pytest.WarningsRecorder) -> None:
+    for n in (0, 2):
+        found = scores.bootstrap(np.zeros(n), np.zeros(n), ["a"] * n)
+        assert found["n"] == n and all(np.isnan(found[k]) for k in ("value", "low", "high"))
+    assert not recwarn.list
+
+
+@pytest.fixture(scope="module")
+def qar() -> tuple[Run, list[Example], Tree]:
+    run, store, trainable = untrained.opened(method="qar", qar__contrast="none")
+    return run, run.examples(store, "dev", 11)[0], trainable
+
+
+def test_nll_packed_is_nll_one_at_a_time(qar: tuple[Run, list[Example], Tree]) -> None:
+    run, examples, trainable = qar
+    assert len({e.querier for e in examples}) > 3
+    sums, counts = scores.reply_nll(run, trainable, examples)
+    assert counts.tolist() == [e.predicted.sum() for e in examples]
+    rows = [row for _, rows in sequential(examples, run.shape) for row in rows]
+    assert max(map(len, rows)) == run.shape.dialogues
+    alone = [scores.reply_nll(run, trainable, [e]) for e in examples]
+    np.testing.assert_allclose(sums, [s[0] for s, _ in alone], rtol=1e-5)
+    back, _ = scores.reply_nll(run, trainable, examples[::-1])
+    np.testing.assert_allclose(back, sums[::-1], rtol=1e-5)
+    stranger, _ = scores.reply_nll(run, trainable, [dataclasses.replace(e, querier=0) for e in examples])
+    assert (np.abs(stranger - sums) > 1e-4 * sums).all()
+
+
+def test_nll_is_that_of_plain_logits() -> None:
+    run, store, trainable = untrained.opened(method="sft")
+    examples = run.examples(store, "dev", 5)[0]
+    sums, _ = scores.reply_nll(run, trainable, examples)
+    tree = lora.scaled(trainable["lora"], run.config.lora.alpha, run.config.lora.rank)
+    merged, model = lora.merge(run.base, tree), run.setting.model
+    n = max(map(len, examples))
+    tokens = jnp.array([np.pad(e.tokens, (0, n - len(e))) for e in examples])
+    ones = jnp.ones_like(tokens)
+
+    @jax.jit
+    def logits(params: Tree) -> jax.Array:
+        position = jnp.arange(n)[None] * ones
+        hidden = decoder.forward(params, tokens, position, ones, ones.astype(bool), model)
+        return decoder.logits(params, hidden, model)
+
+    values = np.asarray(logits(merged), np.float64)
+    for e, z, total in zip(examples, values, sums, strict=True):
+        p = np.exp(z - z.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        places = np.flatnonzero(e.predicted)
+        assert -np.log(p[places - 1, e.tokens[places]]).sum() == pytest.approx(total, rel=1e-4)
+
+
+def test_the_paper_s_nll_masks_what_its_training_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, store, trainable = untrained.opened(
+        method="qar", compat="paper", qar__contrast="prototypes", batch__dialogues=1
+    )
+    seen = []
+
+    def batch_nll(setting: Any, method: Any, trainable: Tree, base: Tree, batch: Any) -> tuple[np.ndarray, np.ndarray]:
+        seen.append(batch.inputs)
+        return np.ones(batch.inputs.present.shape), np.ones(batch.inputs.present.shape)
+
+    monkeypatch.setattr(scores, "batch_nll", batch_nll)
+    scores.reply_nll(run, trainable, run.examples(store, "dev", 2)[0])
+    (inputs,) = seen
+    assert (np.asarray(inputs.attend) == (np.asarray(inputs.tokens) != run.setting.model.eos_ids[0])).all()
