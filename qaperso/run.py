@@ -281,12 +281,14 @@ def load_weights(location: Location, model: DecoderConfig, dtype: Any, mesh: Mes
 def _digest(location: Location) -> str:
     if location.kind != "workdir":
         return hf.fingerprint(location)
-    # A run is its record and the checkpoint that is read from it.
+    # A run is its configuration and the weights that are read from it.
     record = read_record(location.path)
-    step = checkpoint.choose(location.path / CHECKPOINTS)
-    final = location.path / CHECKPOINTS / str(step) / "data" / "metadata"
-    text = json.dumps(record["config"], sort_keys=True) + f" {step} " + (final.read_text() if final.exists() else "")
-    return hashlib.sha256(text.encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode())
+    folder = location.path / CHECKPOINTS / str(checkpoint.choose(location.path / CHECKPOINTS)) / "trainable"
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(str(file.relative_to(folder)).encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _tokenizer(config: Any, location: Location) -> Tokenizer:

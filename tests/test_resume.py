@@ -82,7 +82,7 @@ def test_what_a_whole_run_leaves_behind():
 
 
 @pytest.mark.parametrize(("name", "n"), [("qar", 2), ("prototypes", 4)])
-def test_killed_and_started_again(stop, monkeypatch, tmp_path, name, n):  # noqa: F811
+def test_killed_and_started_again(stop, monkeypatch, tmp_path, name, n):
     """Before the first checkpoint, so that the second run is one with the same seed, and right after one."""
     words = arguments(TINY, tmp_path / "run", *RUNS[name])
     stop(n, die)
