@@ -37,7 +37,7 @@ def write(name: str, workdirs: list[Path]) -> dict:
     machine = {"cores": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__}
     data = {"machine": machine, "runs": {w.name: collect(w) for w in workdirs}}
     FOLDER.mkdir(parents=True, exist_ok=True)
-    (FOLDER / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    (FOLDER / f"{name}.json").write_text(json.dumps(data) + "\n", encoding="utf-8")
     return data
 
 
