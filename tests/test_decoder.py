@@ -15,6 +15,7 @@ from qaperso.methods import Setting, load
 from qaperso.methods import base as method
 from qaperso.models import decoder, towers
 from qaperso.models.config import FAMILIES, RopeScaling
+from qaperso.models.linear import working
 from qaperso.types import Batch, Inputs
 
 
@@ -242,8 +243,8 @@ def test_bfloat16_is_close_to_float32() -> None:
         joined = towers.join(trainable["tower"], base, hidden, run.model)
         return hidden, decoder.logits(base, joined, run.model)
 
-    ours, scores = narrow(trainable, base)
-    assert ours.dtype == jnp.bfloat16 and scores.dtype == jnp.float32
+    ours, scores = narrow(trainable, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base))
+    assert ours.dtype == working("bfloat16") and scores.dtype == jnp.float32
     real, theirs = np.asarray(inputs.segment > 0), np.asarray(states("qar", inputs))
     error = np.linalg.norm((np.asarray(ours, np.float32) - theirs)[:, real])
     assert 0 < error < 0.03 * np.linalg.norm(theirs[:, real])

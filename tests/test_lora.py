@@ -66,17 +66,36 @@ def identity() -> dict:
     return {name: {"a": jnp.eye(DIM), "b": jnp.eye(DIM)} for name in lora.TARGETS}
 
 
+def adapted(name: str, x: jax.Array, dropout: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+    """What the adapter alone gives."""
+    return lora.project(identity(), {name: jnp.zeros((DIM, DIM))}, x, dropout, key)[name]
+
+
 def test_no_adapter_and_no_key() -> None:
     x = jax.random.normal(jax.random.key(0), (3, DIM))
-    assert lora.apply(None, "q", x) == 0.0
-    np.testing.assert_array_equal(lora.apply(identity(), "q", x, 0.5), x)
-    np.testing.assert_array_equal(lora.apply(identity(), "q", x, 0.0, jax.random.key(1)), x)
+    np.testing.assert_array_equal(lora.project(None, {"q": 2 * jnp.eye(DIM)}, x)["q"], 2 * x)
+    np.testing.assert_array_equal(adapted("q", x, 0.5), x)
+    np.testing.assert_array_equal(adapted("q", x, 0.0, jax.random.key(1)), x)
+
+
+def test_kernels_of_one_input_are_projected_as_each_alone() -> None:
+    keys = jax.random.split(jax.random.key(0), 8)
+    x = jax.random.normal(keys[0], (5, DIM))
+    sizes = {"q": 9, "k": 5, "v": 7}
+    kernels = {name: jax.random.normal(k, (DIM, o)) for k, (name, o) in zip(keys[1:4], sizes.items(), strict=True)}
+    tree = {
+        name: {"a": jax.random.normal(k, (DIM, 3)), "b": jax.random.normal(k, (3, sizes[name]))}
+        for k, name in zip(keys[4:7], sizes, strict=True)
+    }
+    for name, y in lora.project(tree, kernels, x).items():
+        plain = x @ kernels[name] + x @ tree[name]["a"] @ tree[name]["b"]
+        np.testing.assert_allclose(y, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_keeps_the_expectation() -> None:
     x = jax.random.uniform(jax.random.key(0), (DIM,), minval=1.0, maxval=2.0)
     keys = jax.random.split(jax.random.key(1), 4000)
-    out = jax.vmap(lambda k: lora.apply(identity(), "up", x, 0.25, k))(keys)
+    out = jax.vmap(lambda k: adapted("up", x, 0.25, k))(keys)
     # An element is either dropped or scaled up, and a quarter are dropped.
     np.testing.assert_allclose(jnp.where(out == 0, 0, out - x / 0.75), 0, atol=1e-6)
     # The mean of 4,000 draws has a standard error of x * sqrt(0.25 / 0.75 / 4000) < 0.02; 64 elements within 5 of it.
@@ -84,14 +103,14 @@ def test_dropout_keeps_the_expectation() -> None:
     assert abs(float((out == 0).mean()) - 0.25) < 0.01
 
 
-def test_dropout_differs_between_targets_keys_and_layers() -> None:
+def test_dropout_differs_between_inputs_and_keys() -> None:
     x, key = jnp.ones((8, DIM)), jax.random.key(5)
-    masks = {name: np.asarray(lora.apply(identity(), name, x, 0.5, key)) for name in lora.TARGETS}
-    names = list(masks)
-    for i, name in enumerate(names):
-        np.testing.assert_array_equal(masks[name], lora.apply(identity(), name, x, 0.5, key))
-        assert all((masks[name] != masks[other]).any() for other in names[:i])
-    assert (masks["q"] != lora.apply(identity(), "q", x, 0.5, jax.random.key(6))).any()
+    first = ("q", "o", "gate", "down")  # of the four inputs of a layer
+    masks = {name: np.asarray(adapted(name, x, 0.5, key)) for name in first}
+    for i, name in enumerate(first):
+        np.testing.assert_array_equal(masks[name], adapted(name, x, 0.5, key))
+        assert all((masks[name] != masks[other]).any() for other in first[:i])
+    assert (masks["q"] != adapted("q", x, 0.5, jax.random.key(6))).any()
 
 
 def test_a_key_switches_dropout_on_in_the_decoder() -> None:
@@ -113,16 +132,18 @@ def test_a_key_switches_dropout_on_in_the_decoder() -> None:
 def test_layers_drop_different_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     config, seen = helpers.model(), []
 
-    def spy(tree: dict | None, name: str, x: jax.Array, dropout: float = 0.0, key: jax.Array | None = None) -> float:
-        jax.debug.callback(lambda k: seen.append(tuple(np.ravel(k))), jax.random.key_data(key))
-        return 0.0
+    real = lora.project
 
-    monkeypatch.setattr(lora, "apply", spy)
+    def spy(tree: dict | None, kernels: dict, x: jax.Array, dropout: float, key: jax.Array) -> dict:
+        jax.debug.callback(lambda k: seen.append(tuple(np.ravel(k))), jax.random.key_data(key))
+        return real(tree, kernels, x, dropout, key)
+
+    monkeypatch.setattr(lora, "project", spy)
     base = helpers.build(helpers.setting("sft", config), sft)[1]
     inputs = helpers.device(helpers.batch(0).inputs)
     x = decoder.embed(base, inputs.tokens, decoder.Adapters(), jnp.float32)
     mask = decoder.causal_mask(inputs.segment, inputs.attend)
     jax.block_until_ready(decoder.run(base, x, inputs.position, mask, config, dropout=0.5, key=jax.random.key(0)))
     jax.effects_barrier()
-    # Seven projections of a layer share its key (and fold their own number in); no two layers share one.
-    assert len(seen) == 7 * config.layers and len(set(seen)) == config.layers
+    # The four inputs of a layer share its key (and fold their own number in); no two layers share one.
+    assert len(seen) == 4 * config.layers and len(set(seen)) == config.layers

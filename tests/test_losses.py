@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,24 +23,48 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def test_cross_entropy_is_the_weighted_negative_log_softmax() -> None:
-    logits = 5 * normal(0, 2, 4, 7)
-    target = np.random.default_rng(1).integers(0, 7, (2, 4))
-    weight = np.array([[1, 0, 1, 1], [0, 0.5, 1, 0]], np.float32)
-    wide = logits.astype(np.float64)
-    expected = np.zeros((2, 4))
-    for b in range(2):
-        for t in range(4):
-            expected[b, t] = -weight[b, t] * np.log(np.exp(wide[b, t, target[b, t]]) / np.exp(wide[b, t]).sum())
-    ours = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(target), jnp.asarray(weight))
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
-    assert (np.asarray(ours)[weight == 0] == 0).all()
+def plain(hidden: jax.Array, table: jax.Array, target: jax.Array, weight: jax.Array) -> jax.Array:
+    """Cross-entropy with all logits at once."""
+    logits = hidden @ table.T
+    own = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+    return (jax.nn.logsumexp(logits, -1) - own) * weight
+
+
+@pytest.mark.parametrize("t", [1, 4, losses.CHUNK, losses.CHUNK + 1, 3 * losses.CHUNK - 5])
+def test_chunked_cross_entropy_is_the_whole_with_its_gradients(t: int) -> None:
+    hidden, table = jnp.asarray(normal(0, 2, t, 8)), jnp.asarray(3 * normal(1, 37, 8))
+    generator = np.random.default_rng(2)
+    target = jnp.asarray(generator.integers(0, 37, (2, t)))
+    weight = jnp.asarray(generator.integers(0, 3, (2, t)) / 2, jnp.float32)
+
+    def total(function: Any, hidden: jax.Array, table: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(function(hidden, table, target, weight)))
+
+    ours = losses.cross_entropy(hidden, table, target, weight)
+    np.testing.assert_allclose(ours, plain(hidden, table, target, weight), rtol=1e-5, atol=1e-5)
+    assert (np.asarray(ours)[np.asarray(weight) == 0] == 0).all()
+    own, expected = (jax.grad(total, (1, 2))(f, hidden, table) for f in (losses.cross_entropy, plain))
+    for gradient, wanted in zip(own, expected, strict=True):
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_all_logits_never_exist() -> None:
+    t, vocab = 4 * losses.CHUNK, 1000
+    shapes = (2, t, 8), (vocab, 8)
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
+    arguments += [jax.ShapeDtypeStruct((2, t), d) for d in (jnp.int32, jnp.float32)]
+    gradient = jax.jit(jax.grad(lambda *a: losses.cross_entropy(*a).sum()))
+    used = gradient.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+    assert used < 4 * 2 * t * vocab
 
 
 def test_cross_entropy_of_large_logits_is_finite() -> None:
-    logits = jnp.asarray([[[1e4, -1e4, 0.0]]])
-    ours = losses.cross_entropy(logits, jnp.asarray([[1]]), jnp.ones((1, 1)))
-    np.testing.assert_allclose(ours, [[2e4]])
+    hidden, table = jnp.asarray([[[1e4, 0.0]]]), jnp.asarray([[1.0, 0], [-1, 0], [0, 1]])
+    ours, slope = jax.value_and_grad(
+        lambda h: losses.cross_entropy(h, table, jnp.asarray([[1]]), jnp.ones((1, 1))).sum()
+    )(hidden)
+    np.testing.assert_allclose(ours, 2e4)
+    np.testing.assert_allclose(slope, [[[2.0, 0.0]]])
 
 
 def reference(view: np.ndarray, other: np.ndarray, positives: np.ndarray, candidates: np.ndarray, t: float) -> float:

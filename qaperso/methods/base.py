@@ -13,6 +13,7 @@ from qaperso import losses
 from qaperso.methods import Setting
 from qaperso.models import decoder, lora, towers
 from qaperso.models.decoder import Adapters
+from qaperso.models.linear import working
 from qaperso.types import Batch, Dialogue, Inputs, Turn
 
 Tree = Any
@@ -46,7 +47,7 @@ def states(
 ) -> Float[Array, "W B S D"]:
     """Last layer's states of each tower, before any final norm. A key switches dropout on."""
     config = setting.config
-    x = decoder.embed(base, inputs.tokens, adapters, jnp.dtype(config.dtype))
+    x = decoder.embed(base, inputs.tokens, adapters, working(config.dtype))
     mask = decoder.causal_mask(inputs.segment, inputs.attend)
     kept = dict(remat=config.remat, dropout=config.lora.dropout, key=key)
     x, _ = decoder.run(base, x, inputs.position, mask, setting.model, adapters, **kept)
@@ -59,7 +60,7 @@ def token_losses(
     """Negative log-likelihood of each predicted token in nats, 0 where nothing is predicted."""
     picked = jnp.take_along_axis(states, batch.target_index[None, :, :, None], 2)
     hidden = towers.join(params.get("tower", {}), base, picked, setting.model)
-    return losses.cross_entropy(decoder.logits(base, hidden, setting.model), batch.target, batch.weight)
+    return losses.cross_entropy(hidden, decoder.head(base), batch.target, batch.weight)
 
 
 def dialogue_losses(batch: Batch, per_token: Float[Array, "B T"]) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:

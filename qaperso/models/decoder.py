@@ -13,19 +13,22 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qaperso.arrays import ArraySpec, constrain_batch, fan_in
 from qaperso.models import lora
+from qaperso.models.attention import attention
 from qaperso.models.config import DecoderConfig
+from qaperso.models.linear import bits, matmul, product, unbits, working
 
 Tree = Any
 
 REMAT = {
     # Recompute everything inside a layer: least memory.
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Keep the outputs of matmuls with weights, recompute the rest: a third less arithmetic for more memory.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Keep what matmuls with kernels and attention give, recompute norms, rotations and gates: no matmul runs twice.
+    "dots": jax.checkpoint_policies.save_only_these_names("kernel", "attention"),
 }
 
 
@@ -137,24 +140,10 @@ def causal_mask(
     return (segment[:, :, None] == keys[:, None, :]) & attend[:, None, :] & earlier[None]
 
 
-def attention(
-    q: Float[Array, "W B S H d"], k: Float[Array, "W B C K d"], v: Float[Array, "W B C K d"], mask: Bool[Array, "B S C"]
-) -> Float[Array, "W B S O"]:
-    """Grouped-query attention (Ainslie et al., arXiv 2305.13245), softmax in float32.
-
-    A query that may see no key gets the mean of all values: finite, and nobody reads it.
-    """
-    towers, b, s, heads, dim = q.shape
-    group = q.reshape(towers, b, s, k.shape[3], heads // k.shape[3], dim)
-    scores = jnp.einsum("tbskgd,tbckd->tbkgsc", group, k, preferred_element_type=jnp.float32) * dim**-0.5
-    scores = jnp.where(mask[None, :, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, -1).astype(v.dtype)
-    return jnp.einsum("tbkgsc,tbckd->tbskgd", weights, v).reshape(towers, b, s, heads * dim)
-
-
 def swiglu(x: Float[Array, "... D"], gate: Array, up: Array, down: Array) -> Float[Array, "... D"]:
-    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202)."""
-    return lora.widen(jax.nn.silu(x @ gate) * (x @ up), down)
+    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202), gate and up as one matmul."""
+    both = checkpoint_name(matmul(x, jnp.concatenate([gate, up], 1)), "kernel")
+    return matmul(jax.nn.silu(both[..., : gate.shape[1]]) * both[..., gate.shape[1] :], down)
 
 
 def layer(
@@ -172,37 +161,38 @@ def layer(
     """One layer of one or two towers. `weights`, `adapters` and `cache` are one layer's slices."""
     towers, b, s, _ = x.shape
 
-    def dense(h: Array, name: str) -> Array:
-        y = h @ weights[name].astype(h.dtype)
-        if f"{name}_bias" in weights:
-            y = y + weights[f"{name}_bias"].astype(h.dtype)
-        return y + lora.apply(adapters.lora, name, h, dropout, key)
+    def dense(h: Array, *names: str) -> list[Array]:
+        """Projections of one input."""
+        found = lora.project(adapters.lora, {name: weights[name] for name in names}, h, dropout, key)
+        bias = {name: weights[f"{name}_bias"] for name in names if f"{name}_bias" in weights}
+        return [y + bias[name].astype(y.dtype) if name in bias else y for name, y in found.items()]
 
-    def heads(h: Array, name: str, count: int) -> Array:
-        y = dense(h, name).reshape(towers, b, s, count, config.head_dim)
+    def heads(y: Array, name: str) -> Array:
+        y = y.reshape(towers, b, s, -1, config.head_dim)
         if f"{name}_norm" in weights:
             y = rms_norm(y, weights[f"{name}_norm"], config.norm_eps)
         return y if name == "v" else rope(y, tables)
 
     h = rms_norm(x, weights["attn_norm"], config.norm_eps)
-    q, k, v = heads(h, "q", config.heads), heads(h, "k", config.kv_heads), heads(h, "v", config.kv_heads)
+    q, k, v = (heads(y, name) for y, name in zip(dense(h, "q", "k", "v"), "qkv", strict=True))
     if cache is not None:
         k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), start, 2)
         v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), start, 2)
         cache = Cache(k, v)
-    x = x + dense(attention(q, k, v, mask), "o")
+    q, k, v = (y.astype(weights["o"].dtype) for y in (q, k, v))
+    x = x + dense(attention(q, k, v, mask).astype(x.dtype), "o")[0]
 
     h = rms_norm(x, weights["mlp_norm"], config.norm_eps)
-    general = dense(jax.nn.silu(dense(h[0], "gate")) * dense(h[0], "up"), "down")
+    gate, up = dense(h[0], "gate", "up")
+    general = dense(jax.nn.silu(gate) * up, "down")[0]
     if adapters.specific is None:
         return x + general[None], cache
-    own = {name: w.astype(x.dtype) for name, w in adapters.specific.items()}
-    return x + jnp.stack([general, swiglu(h[1], own["gate"], own["up"], own["down"])]), cache
+    return x + jnp.stack([general, swiglu(h[1], **adapters.specific)]), cache
 
 
 def embed(params: Tree, tokens: Int[Array, "B S"], adapters: Adapters, dtype: Any) -> Float[Array, "W B S D"]:
     """Token embeddings for each tower; the specific one gets the queriers' rows on top."""
-    x = params["embed"].astype(dtype)[tokens]
+    x = unbits(bits(params["embed"])[tokens]).astype(dtype)
     if adapters.specific is None:
         return x[None]
     return jnp.stack([x, x if adapters.rows is None else x + adapters.rows.astype(dtype)])
@@ -247,10 +237,11 @@ def run(
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT[remat])
     def body(x: Array, scanned: tuple) -> tuple:
         weights, own, layer_key, layer_cache = scanned
+        weights = jax.tree.map(unbits, weights)
         x, layer_cache = layer(x, weights, own, tables, mask, config, dropout, layer_key, layer_cache, start)
         return constrain_batch(x, 1), layer_cache
 
-    return jax.lax.scan(body, constrain_batch(x, 1), (params["layers"], stacked, keys, cache))
+    return jax.lax.scan(body, constrain_batch(x, 1), (jax.tree.map(bits, params["layers"]), stacked, keys, cache))
 
 
 def empty_cache(config: DecoderConfig, towers: int, batch: int, length: int, dtype: Any) -> Cache:
@@ -259,14 +250,14 @@ def empty_cache(config: DecoderConfig, towers: int, batch: int, length: int, dty
     return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
-def head(params: Tree) -> Float[Array, "D V"]:
-    """The output kernel: its own, or the transposed embedding when tied."""
-    return params["head"] if "head" in params else params["embed"].T
+def head(params: Tree) -> Float[Array, "V D"]:
+    """The output table: the embedding when tied, else the transposed output kernel."""
+    return params["head"].T if "head" in params else params["embed"]
 
 
 def logits(params: Tree, hidden: Float[Array, "... D"], config: DecoderConfig) -> Float[Array, "... V"]:
     """Float32 logits of final states (after the final norm)."""
-    return jnp.matmul(hidden, head(params).astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return product(hidden, head(params), ((hidden.ndim - 1,), (1,)))
 
 
 def forward(
@@ -278,6 +269,6 @@ def forward(
     config: DecoderConfig,
 ) -> Float[Array, "B S D"]:
     """The base model alone: states after the final norm."""
-    x = embed(params, tokens, Adapters(), params["embed"].dtype)
+    x = embed(params, tokens, Adapters(), working(params["embed"].dtype))
     x, _ = run(params, x, position, causal_mask(segment, attend), config)
     return rms_norm(x[0], params["norm"], config.norm_eps)

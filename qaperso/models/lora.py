@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from qaperso.arrays import ArraySpec, fan_in
 from qaperso.models.config import DecoderConfig
+from qaperso.models.linear import matmul
 
 Tree = Any
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -45,44 +49,43 @@ def scaled(tree: Tree, alpha: float, rank: int) -> Tree:
     return {name: {"a": ab["a"], "b": ab["b"] * (alpha / rank)} for name, ab in tree.items()}
 
 
-@jax.custom_vjp
-def widen(h: Float[Array, "... r"], b: Float[Array, "r O"]) -> Float[Array, "... O"]:
-    """h @ b for a narrow h.
+def project(
+    tree: Tree | None,
+    kernels: Mapping[str, Float[Array, "I O"]],
+    x: Float[Array, "... I"],
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> dict[str, Float[Array, "... O"]]:
+    """x @ kernel + dropout(x) @ a @ b for several kernels of one input. No key, no dropout.
 
-    JAX computes b's gradient as (d^T h)^T, which makes XLA's CPU back end transpose the wide d, with whatever is fused
-    into it, element by element. Here it is h^T d: only the narrow h is transposed (measured in docs/log.md).
+    All a are one matmul and drop the same inputs. The rate is rounded to 1/256: one random byte an element costs a quarter of the four
+    that a float takes.
+
+    Args:
+      tree: one layer's adapters, see `declare`; None = none.
+      kernels: {target: kernel}.
+      x: their input.
+      dropout: rate.
+      key: PRNG key of the layer.
     """
-    return h @ b
+    found = {name: matmul(x, kernel) for name, kernel in kernels.items()}
+    if tree is not None:
+        dropped = x if key is None else _drop(x, dropout, jax.random.fold_in(key, TARGETS.index(next(iter(kernels)))))
+        down = [tree[name]["a"] for name in kernels]
+        narrow = checkpoint_name(matmul(dropped, jnp.concatenate(down, 1)), "kernel")
+        parts = jnp.split(narrow, np.cumsum([a.shape[1] for a in down])[:-1], -1)
+        found = {name: y + matmul(h, tree[name]["b"]) for (name, y), h in zip(found.items(), parts, strict=True)}
+    return {name: checkpoint_name(y, "kernel") for name, y in found.items()}
 
 
-def _widen_forward(h: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return h @ b, (h, b)
-
-
-def _widen_backward(saved: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
-    h, b = saved
-    return d @ b.T, jnp.einsum("...r,...o->ro", h, d)
-
-
-widen.defvjp(_widen_forward, _widen_backward)
-
-
-def apply(
-    tree: Tree | None, name: str, x: Float[Array, "... I"], dropout: float = 0.0, key: jax.Array | None = None
-) -> Float[Array, "... O"] | float:
-    """dropout(x) @ a @ b of one layer's adapter, 0.0 when there is none. No key, no dropout.
-
-    The rate is rounded to 1/256: one random byte an element costs a quarter of the four that a float takes.
-    """
-    if tree is None:
-        return 0.0
-    if key is not None and dropout:
-        dropped = max(1, round(dropout * 256))
-        # Bits are drawn as words and cut into bytes: drawing bytes would hash once for each.
-        words = jax.random.bits(jax.random.fold_in(key, TARGETS.index(name)), (*x.shape[:-1], -(-x.shape[-1] // 4)))
-        draw = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
-        x = jnp.where(draw >= dropped, x * (256 / (256 - dropped)), 0)
-    return widen(x @ tree[name]["a"].astype(x.dtype), tree[name]["b"].astype(x.dtype))
+def _drop(x: Float[Array, "... I"], rate: float, key: jax.Array) -> Float[Array, "... I"]:
+    if not rate:
+        return x
+    dropped = max(1, round(rate * 256))
+    # Bits are drawn as words and cut into bytes: drawing bytes would hash once for each.
+    words = jax.random.bits(key, (*x.shape[:-1], -(-x.shape[-1] // 4)))
+    draw = jax.lax.bitcast_convert_type(words, jnp.uint8).reshape(*x.shape[:-1], -1)[..., : x.shape[-1]]
+    return jnp.where(draw >= dropped, x * (256 / (256 - dropped)), 0)
 
 
 def merge(params: Tree, tree: Tree) -> Tree:

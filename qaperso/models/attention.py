@@ -1,0 +1,102 @@
+"""Grouped-query attention by blocks of queries; the backward pass recomputes the weights."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float
+
+from qaperso.models.linear import dot
+
+# Queries of a block see the keys up to the block's end only; smaller blocks compute less and start more kernels.
+BLOCK = 128
+LOW = float(jnp.finfo(jnp.float32).min)
+# Batch dimensions of every product here: tower, row, key-value head.
+HEADS = ((0, 1, 2), (0, 1, 2))
+
+
+def attention(
+    q: Float[Array, "W B S H d"], k: Float[Array, "W B C K d"], v: Float[Array, "W B C K d"], mask: Bool[Array, "B S C"]
+) -> Float[Array, "W B S O"]:
+    """Grouped-query attention (Ainslie et al., arXiv 2305.13245), softmax in float32.
+
+    With as many queries as keys (S = C) the keys behind a block's last query are skipped: the mask must be causal then.
+    Weights are not kept for the backward pass (Dao et al., arXiv 2205.14135). A query that may see no key gets a mean
+    of values: finite, and nobody reads it.
+
+    Args:
+      q: queries, after the rotary embedding.
+      k: keys, after the rotary embedding; query head h reads head h // (H / K).
+      v: values.
+      mask: which keys each query may see.
+    """
+    towers, b, s, heads, dim = q.shape
+    group = jnp.moveaxis(q.reshape(towers, b, s, k.shape[3], -1, dim), 2, 4)
+    out = _attend(group, jnp.moveaxis(k, 2, 3), jnp.moveaxis(v, 2, 3), mask)
+    return jnp.moveaxis(out, 4, 2).reshape(towers, b, s, heads * dim)
+
+
+@jax.custom_vjp
+def _attend(
+    q: Float[Array, "W B K G S d"],
+    k: Float[Array, "W B K C d"],
+    v: Float[Array, "W B K C d"],
+    mask: Bool[Array, "B S C"],
+) -> Float[Array, "W B K G S d"]:
+    return _forward(q, k, v, mask)[0]
+
+
+def _blocks(s: int, c: int) -> list[tuple[slice, slice]]:
+    """Spans of queries, and of the keys that they may see."""
+    if s != c:
+        return [(slice(0, s), slice(0, c))]
+    return [(slice(i, min(i + BLOCK, s)), slice(0, min(i + BLOCK, s))) for i in range(0, s, BLOCK)]
+
+
+def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "W B K G S C"]:
+    scores = dot(q, k, ((5,), (4,)), HEADS) * q.shape[-1] ** -0.5
+    return jnp.where(mask[None, :, None, None], scores, LOW)
+
+
+def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
+    outs, normalisers = [], []
+    for own, seen in _blocks(q.shape[4], k.shape[3]):
+        scores = _scores(q[..., own, :], k[..., seen, :], mask[:, own, seen])
+        highest = jnp.max(scores, -1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, -1, keepdims=True)
+        outs.append((dot(weights.astype(v.dtype), v[..., seen, :], ((5,), (3,)), HEADS) / total).astype(q.dtype))
+        normalisers.append(highest + jnp.log(total))
+    out = checkpoint_name(jnp.concatenate(outs, 4), "attention")
+    normaliser = checkpoint_name(jnp.concatenate(normalisers, 4), "attention")
+    return out, (q, k, v, mask, out, normaliser)
+
+
+def _backward(saved: tuple, d: Array) -> tuple[Array, Array, Array, None]:
+    q, k, v, mask, out, normaliser = saved
+    scale = q.shape[-1] ** -0.5
+    delta = jnp.sum(d.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
+    dqs = []
+    dk = jnp.zeros(k.shape, jnp.float32)
+    dv = jnp.zeros(v.shape, jnp.float32)
+    for own, seen in _blocks(q.shape[4], k.shape[3]):
+        mine, keys, values, ds = q[..., own, :], k[..., seen, :], v[..., seen, :], d[..., own, :]
+        weights = jnp.exp(_scores(mine, keys, mask[:, own, seen]) - normaliser[..., own, :])
+        slope = dot(ds, values, ((5,), (4,)), HEADS)
+        slope = (weights * (slope - delta[..., own, :]) * scale).astype(q.dtype)
+        dqs.append(dot(slope, keys, ((5,), (3,)), HEADS, dtype=q.dtype))
+        dk = dk.at[..., seen, :].add(_turned(mine, slope))
+        dv = dv.at[..., seen, :].add(_turned(ds, weights.astype(d.dtype)))
+    return jnp.concatenate(dqs, 4), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _turned(narrow: Float[Array, "W B K G S d"], weights: Float[Array, "W B K G S C"]) -> Float[Array, "W B K C d"]:
+    """Sum over groups and queries of weights x narrow.
+
+    The product is transposed, not the weights; behind the barrier the compiler cannot turn it round again.
+    """
+    return jnp.swapaxes(jax.lax.optimization_barrier(dot(narrow, weights, ((3, 4), (3, 4)), HEADS)), -1, -2)
+
+
+_attend.defvjp(_forward, _backward)
