@@ -9,39 +9,36 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from qaperso import reply
+from qaperso.batching import Model, prepare
 from qaperso.errors import UserError, command, nearest
+from qaperso.generate import Sampling
 from qaperso.mesh import start_runtime
-from qaperso.reply import Sampling
 from qaperso.run import Run, open_run, restore
 from qaperso.types import Turn
 
-Tree = Any
 
-
-def answer_one(
-    run: Run, trainable: Tree, history: list[Turn], querier: str, text: str, responder: str, how: Sampling
-) -> None:
+def answer_one(model: Model, history: list[Turn], querier: str, text: str, responder: str, how: Sampling) -> None:
     """Streams one reply to the terminal and adds query and reply to the history."""
+    run, pieces = model.run, []
     asked = reply.question(run, history, querier, text, responder)
-    pieces = []
-    for piece in reply.stream(run, trainable, asked, run.registry.row(querier), how):
+    for piece in reply.stream(model, asked, run.registry.row(querier), how):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()
     history += [Turn(querier, text), Turn(responder, "".join(pieces))]
 
 
-def answer_all(run: Run, trainable: Tree, queriers: Sequence[str], text: str, responder: str, how: Sampling) -> None:
+def answer_all(model: Model, queriers: Sequence[str], text: str, responder: str, how: Sampling) -> None:
     """One query of several queriers, answered side by side."""
+    run = model.run
     asked = [reply.question(run, [], q, text, responder) for q in queriers]
-    found = reply.replies(run, trainable, asked, [run.registry.row(q) for q in queriers], how)
+    found = reply.replies(model, asked, [run.registry.row(q) for q in queriers], [how] * len(asked))
     # Text, since what people say may look like markup.
     table = Table(title=Text(text), show_lines=True)
     table.add_column("querier")
@@ -74,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("several queriers are answered side by side to one query; give it with --once TEXT")
     if known.once is not None and not known.once.strip():
         raise UserError("--once is empty; give the text of a query")
-    trainable, _, _ = restore(run)
+    model = prepare(run, restore(run)[0])
+    run = model.run  # without the base, whose memory is free again
     g = run.config.generate
     how = Sampling(
         known.max_new_tokens or g.max_new_tokens,
@@ -84,9 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     if known.once is not None:
         if len(known.querier) > 1:
-            answer_all(run, trainable, known.querier, known.once, responder, how)
+            answer_all(model, known.querier, known.once, responder, how)
         else:
-            answer_one(run, trainable, [], known.querier[0], known.once, responder, how)
+            answer_one(model, [], known.querier[0], known.once, responder, how)
         return 0
     history: list[Turn] = []
     prompt = f"{known.querier[0]}> " if sys.stdin.isatty() else ""
@@ -96,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (EOFError, KeyboardInterrupt):
             return 0
         if text:
-            answer_one(run, trainable, history, known.querier[0], text, responder, how)
+            answer_one(model, history, known.querier[0], text, responder, how)
 
 
 def _check_sampling(known: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ NOT_NEGATIVE = (
         "batch.queriers",
         "keep_best",
         "max_skipped",
+        "qar.split_layer",
     ),
     *("optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "generate.temperature", "peak_flops"),
 )
@@ -82,6 +83,7 @@ def default() -> ConfigDict:
     c.qar = ConfigDict(
         dict(
             rank=16,
+            split_layer=0,  # layers below it have one tower
             querier_embedding=True,
             drop_row=0.15,
             contrast="in_batch",

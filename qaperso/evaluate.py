@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from qaperso import checkpoint, reply
+from qaperso import batching, checkpoint, reply
 from qaperso.data import load, synthetic
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
 from qaperso.eval import awareness, report, scores
+from qaperso.generate import Sampling
 from qaperso.mesh import start_runtime
-from qaperso.reply import Sampling
 from qaperso.run import Run, open_run, read_record, restore
 
 Tree = Any
@@ -46,8 +46,11 @@ def evaluate(run: Run, trainable: Tree, store: Store, split: str, replies: int |
         return metrics
     dialogues = [store.dialogues[i] for i in indices]
     g = run.config.generate
-    sampling = Sampling(g.max_new_tokens, g.temperature, g.top_p, run.config.seed)
-    written = reply.replies(run, trainable, dialogues, store.row[indices].tolist(), sampling)
+    # A dialogue's seed is its own, whichever others are asked.
+    seeds = [np.random.SeedSequence([run.config.seed, i]).generate_state(1).item() for i in indices]
+    samplings = [Sampling(g.max_new_tokens, g.temperature, g.top_p, seed) for seed in seeds]
+    model = batching.prepare(run, trainable)
+    written = reply.replies(model, dialogues, store.row[indices].tolist(), samplings)
     groups = [d.group for d in dialogues]
     for name, values in scores.rouge([d.reply for d in dialogues], written).items():
         metrics[name] = scores.bootstrap(values, np.ones(len(values)), groups)

@@ -77,11 +77,12 @@ class Meter:
         return {"tokens_per_second": speed, "mfu": speed * self._flops / self._peak, "eta": eta}
 
 
-def measure_peak(dtype: str, size: int = 1024) -> float:
-    """FLOP/s of all local devices together in a square matmul, the best of a few; what MFU is a share of."""
+def measure_peak(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of all local devices together in a square matmul with float32 sums, the best of a few; what MFU is a share of."""
     count = jax.local_device_count()
     x = jnp.ones((count, size, size), dtype)
-    multiply = jax.pmap(lambda a: a @ a) if count > 1 else jax.jit(lambda a: a @ a)
+    square = lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32)  # noqa: E731
+    multiply = jax.pmap(square) if count > 1 else jax.jit(square)
     multiply(x).block_until_ready()
     best = float("inf")
     for _ in range(4):

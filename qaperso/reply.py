@@ -1,34 +1,17 @@
-"""From an opened run and questions to replies: whole, in batches, or as a stream."""
+"""From a model and questions to replies: whole, in batches, or as a stream."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 
 from qaperso import generate
+from qaperso.batching import Batcher, Model
 from qaperso.data import paper
 from qaperso.data.text import Encoded, encode_prompt
 from qaperso.errors import UserError
-from qaperso.generate import Request
+from qaperso.generate import Sampling
 from qaperso.run import Run
 from qaperso.types import Dialogue, Turn
-
-Tree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How replies are drawn; temperature 0 is greedy."""
-
-    new_tokens: int
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 def make_prompt(run: Run, dialogue: Dialogue) -> Encoded:
@@ -57,63 +40,58 @@ def question(run: Run, history: Sequence[Turn], querier: str, text: str, respond
     return Dialogue("question", responder, querier, turns, "question")
 
 
-def request(run: Run, trainable: Tree, prompts: Sequence[Encoded], rows: Sequence[int], sampling: Sampling) -> Request:
-    """Prompts as one left-padded batch, with what the method adds for its queriers."""
-    length = generate.bucket(max(len(p.tokens) for p in prompts))
-    inputs = generate.left_pad(prompts, rows, length)
-    if run.config.compat == "paper":
-        attend = inputs.attend & (inputs.tokens != run.setting.model.eos_ids[0])
-        inputs = inputs.replace(attend=attend, position=paper.generation_positions(attend))
-    inputs = jax.tree.map(jnp.asarray, inputs)
-    adapters = run.method.condition(run.setting, trainable, inputs)
-    return Request(inputs, adapters, sampling.temperature, sampling.top_p, sampling.seed)
-
-
-def _fixed(run: Run) -> dict[str, Any]:
-    return {"config": run.setting.model, "dtype": jnp.dtype(run.config.dtype)}
-
-
 def replies(
-    run: Run, trainable: Tree, dialogues: Sequence[Dialogue], rows: Sequence[int], sampling: Sampling, batch: int = 32
+    model: Model, dialogues: Sequence[Dialogue], rows: Sequence[int], samplings: Sequence[Sampling], batch: int = 32
 ) -> list[str]:
-    """A reply to each dialogue's query, as to the querier of the given row.
+    """A reply to each dialogue's query, as to the querier of the given row; each is what it would be alone.
 
-    Prompts of like length share a batch; every batch has `batch` rows, so that few shapes are compiled.
+    Args:
+      model: from `batching.prepare`.
+      dialogues: what stands before the last turn is the prompt.
+      rows: the querier row of each.
+      samplings: how each is drawn. With one seed for all they would share their random numbers.
+      batch: at most so many are drawn at a time, a power of two.
     """
+    run = model.run
     prompts = [make_prompt(run, d) for d in dialogues]
+    batcher = Batcher(model, min(batch, generate.bucket(len(prompts), smallest=1)))
+    # Short ones first: the cache is as long as the longest under way.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].tokens))
-    result = [""] * len(prompts)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
-        padded = chosen + chosen[-1:] * (batch - len(chosen) if len(order) > batch else 0)
-        asked = request(run, trainable, [prompts[i] for i in padded], [rows[i] for i in padded], sampling)
-        with jax.set_mesh(run.mesh):
-            found = generate.generate(
-                trainable, run.params_of(trainable), asked, new_tokens=sampling.new_tokens, **_fixed(run)
-            )
-        for i, tokens in zip(chosen, found, strict=False):
-            result[i] = decode(run, tokens)
-    return result
+    place = {batcher.submit(prompts[i], rows[i], samplings[i]): i for i in order}
+    spoken: list[list[int]] = [[] for _ in prompts]
+    while batcher.busy:
+        for progress in batcher.step(generate.STRIDE):
+            spoken[place[progress.handle]] += progress.tokens
+    return [decode(run, tokens) for tokens in spoken]
 
 
-def stream(run: Run, trainable: Tree, dialogue: Dialogue, row: int, sampling: Sampling) -> Iterator[str]:
+def stream(model: Model, dialogue: Dialogue, row: int, sampling: Sampling) -> Iterator[str]:
     """One reply piece by piece; the pieces together are the reply."""
-    asked = request(run, trainable, [make_prompt(run, dialogue)], [row], sampling)
-    params, fixed, said = run.params_of(trainable), _fixed(run), ""
-    with jax.set_mesh(run.mesh):
-        state = generate.begin(trainable, params, asked, new_tokens=sampling.new_tokens, **fixed)
-    for until in range(1, sampling.new_tokens + 1):
-        with jax.set_mesh(run.mesh):
-            state = generate.advance(trainable, params, asked, state, until, **fixed)
-        number, out, done = (np.asarray(x) for x in (state.number, state.out, state.done))
-        text = decode(run, generate.trim(out[:, :number], run.setting.model)[0])
-        finished = bool(done.all()) or until == sampling.new_tokens
-        # A character may take several tokens: hold back what may still change.
-        if finished or not text.endswith("\ufffd"):
-            yield text[len(said) :]
-            said = text
-        if finished:
-            return
+    batcher, pieces = Batcher(model, 1), Pieces(model.run)
+    batcher.submit(make_prompt(model.run, dialogue), row, sampling)
+    while batcher.busy:
+        for progress in batcher.step():
+            if piece := pieces.add(progress.tokens, progress.finished):
+                yield piece
+
+
+class Pieces:
+    """Text of a reply whose tokens come one after the other."""
+
+    def __init__(self, run: Run):
+        """Begins a reply of the run's tokeniser."""
+        self._run = run
+        self._tokens: list[int] = []
+        self._said = ""
+
+    def add(self, tokens: Sequence[int], finished: bool) -> str:
+        """What can be said now that these tokens are there; "" while a character waits for its other tokens."""
+        self._tokens += tokens
+        text = decode(self._run, self._tokens)
+        if text.endswith("\ufffd") and not finished:
+            return ""
+        piece, self._said = text[len(self._said) :], text
+        return piece
 
 
 def decode(run: Run, tokens: Sequence[int]) -> str:

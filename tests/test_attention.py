@@ -22,10 +22,10 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arra
     return out.reshape(*out.shape[:3], -1)
 
 
-def inputs(s: int, c: int, dtype: type = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
+def inputs(s: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     keys = jax.random.split(jax.random.key(s), 3)
-    sizes = (W, B, s, H, DIM), (W, B, c, KV, DIM), (W, B, c, KV, DIM)
-    return tuple(jax.random.normal(key, size, dtype) for key, size in zip(keys, sizes, strict=True))
+    sizes = (W, B, s, H, DIM), (W, B, s, KV, DIM), (W, B, s, KV, DIM)
+    return tuple(jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True))
 
 
 def packed(s: int) -> jax.Array:
@@ -38,7 +38,7 @@ def packed(s: int) -> jax.Array:
 
 @pytest.mark.parametrize("s", [8, BLOCK, BLOCK + 1, 3 * BLOCK - 40])
 def test_blocks_are_the_whole_with_its_gradients(s: int) -> None:
-    q, k, v = inputs(s, s)
+    q, k, v = inputs(s)
     mask = packed(s)
     # Padding sees no key; what it gives differs, is finite, and nobody reads it.
     real = mask.any(-1)[None, :, :, None]
@@ -54,14 +54,8 @@ def test_blocks_are_the_whole_with_its_gradients(s: int) -> None:
         np.testing.assert_allclose(gradient, right, rtol=1e-4, atol=2e-5)
 
 
-def test_fewer_queries_than_keys_see_what_the_mask_says() -> None:
-    q, k, v = inputs(3, 2 * BLOCK)
-    mask = jax.random.bernoulli(jax.random.key(9), 0.5, (B, 3, 2 * BLOCK))
-    np.testing.assert_allclose(attention(q, k, v, mask), plain(q, k, v, mask), rtol=1e-5, atol=1e-5)
-
-
 def test_bfloat16_is_close_and_its_gradients_exist() -> None:
-    q, k, v = inputs(BLOCK + 8, BLOCK + 8)
+    q, k, v = inputs(BLOCK + 8)
     mask = packed(BLOCK + 8) | jnp.eye(BLOCK + 8, dtype=bool)
     half = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
     # Results lie around 1; operands are rounded by 2^-9 and summed over 8 products.

@@ -15,8 +15,9 @@ data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slac
 data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews
 data.clean data.runs data.duplicates data.splits data.features data.clusters data.prepared data.shards data.merge
 data.topics data.store data.text data.plan data.batches data.paper data.load
-models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer models.towers models.encoder
-models.embedder losses generate methods methods.base methods.sft methods.qar mesh step checkpoint metrics run reply
+models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer
+models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
+mesh step checkpoint metrics run batching reply
 eval.scores eval.awareness eval.report prepare train evaluate chat""".split()
 
 

@@ -141,7 +141,7 @@ def test_layers_drop_different_elements(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(lora, "project", spy)
     base = helpers.build(helpers.setting("sft", config), sft)[1]
     inputs = helpers.device(helpers.batch(0).inputs)
-    x = decoder.embed(base, inputs.tokens, decoder.Adapters(), jnp.float32)
+    x = decoder.embed(base, inputs.tokens, jnp.float32)
     mask = decoder.causal_mask(inputs.segment, inputs.attend)
     jax.block_until_ready(decoder.run(base, x, inputs.position, mask, config, dropout=0.5, key=jax.random.key(0)))
     jax.effects_barrier()

@@ -132,10 +132,11 @@ def all_layers(setting, base, adapters, inputs) -> jax.Array:
     tables = decoder.rope_tables(inputs.position, setting.model)
 
     def one(x, layer):
-        x, _ = decoder.layer(x, *layer, tables, mask, setting.model)
+        x = decoder.layer(x, *layer, tables, mask, setting.model)
         return x, x
 
-    x = decoder.embed(base, inputs.tokens, adapters, jnp.float32)
+    x = decoder.embed(base, inputs.tokens, jnp.float32)
+    x = x if adapters.specific is None else decoder.part(x, adapters.rows)
     return jax.lax.scan(one, x, (base["layers"], adapters.replace(rows=None)))[1]
 
 

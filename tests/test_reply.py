@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import untrained
 
-from qaperso import chat, generate, reply
+from qaperso import batching, chat, generate, reply
+from qaperso.batching import Model
 from qaperso.errors import UserError
+from qaperso.generate import Sampling
 from qaperso.models import tokenizer as tokenizers
-from qaperso.reply import Sampling
-from qaperso.run import Run
 from qaperso.types import Dialogue, Turn
 
-Tree = Any
 SHORT = Sampling(new_tokens=8)
+DRAWN = Sampling(new_tokens=8, temperature=1.2, top_p=0.95, seed=4)
 
 
 @pytest.fixture(scope="module")
-def qar() -> tuple[Run, Any, Tree]:
-    return untrained.opened(method="qar", qar__contrast="none")
+def qar() -> tuple[Model, Any]:
+    run, store, trainable = untrained.opened(method="qar", qar__contrast="none")
+    return batching.prepare(run, trainable), store
 
 
 def some(store: Any, count: int) -> tuple[list[Dialogue], list[int]]:
@@ -57,20 +58,20 @@ def test_the_paper_s_prompt_is_what_its_training_saw() -> None:
     prompts = [reply.make_prompt(run, d) for d in dialogues]
     for prompt, dialogue in zip(prompts, dialogues, strict=True):
         np.testing.assert_array_equal(prompt.tokens, run.encode(dialogue)[0].tokens[: len(prompt.tokens)])
-    inputs = reply.request(run, trainable, prompts, rows, SHORT).inputs
+    inputs = batching.request(batching.prepare(run, trainable), prompts, rows, [SHORT] * len(rows)).inputs
     length = inputs.tokens.shape[1]
     for r, prompt in enumerate(prompts):
         attend, n = prompt.tokens != run.setting.model.eos_ids[0], len(prompt.tokens)
         assert not attend.all()
-        np.testing.assert_array_equal(inputs.attend[r], np.pad(attend, (length - n, 0)))
-        np.testing.assert_array_equal(inputs.position[r, -n:], np.where(attend, np.cumsum(attend) - 1, 1))
+        np.testing.assert_array_equal(inputs.attend[r], np.pad(attend, (0, length - n)))
+        np.testing.assert_array_equal(inputs.position[r, :n], np.where(attend, np.cumsum(attend) - 1, 1))
     long = reply.question(run, (), "tilda", "bread " * 130, "maren")
     with pytest.raises(UserError, match=r"batch\.length=128"):
         reply.make_prompt(run, long)
 
 
-def test_a_query_that_fits_no_row(qar: tuple[Run, Any, Tree]) -> None:
-    run, store, trainable = qar
+def test_a_query_that_fits_no_row(qar: tuple[Model, Any]) -> None:
+    run = qar[0].run
     short = [Turn("tilda", "bread " * 40), Turn("maren", "bread " * 40)]
     fits = reply.make_prompt(run, reply.question(run, short, "tilda", "is there any bread?", "maren"))
     assert len(fits.tokens) <= run.config.batch.length and not fits.cut
@@ -82,42 +83,47 @@ def test_a_query_that_fits_no_row(qar: tuple[Run, Any, Tree]) -> None:
     assert "shorten" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_replies_do_not_depend_on_batches_or_order(qar: tuple[Run, Any, Tree], monkeypatch: pytest.MonkeyPatch) -> None:
-    run, store, trainable = qar
+def test_replies_do_not_depend_on_batches_or_order(qar: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, store = qar
     dialogues, rows = some(store, 7)
-    found = [reply.replies(run, trainable, [d], [row], SHORT)[0] for d, row in zip(dialogues, rows, strict=True)]
+    how = [SHORT, DRAWN, SHORT, dataclasses.replace(DRAWN, seed=5), DRAWN, SHORT, SHORT]
+    each = zip(dialogues, rows, how, strict=True)
+    found = [reply.replies(model, [d], [row], [one])[0] for d, row, one in each]
     assert len(set(found)) == len(found) and all(found)
-    assert len({len(reply.make_prompt(run, d).tokens) for d in dialogues}) > 3
-    sizes = []
-    left_pad = generate.left_pad
-    record = lambda prompts, *rest: sizes.append(len(prompts)) or left_pad(prompts, *rest)  # noqa: E731
-    monkeypatch.setattr(generate, "left_pad", record)
-    assert reply.replies(run, trainable, dialogues[::-1], rows[::-1], SHORT, batch=3) == found[::-1]
-    assert sizes == [3, 3, 3]  # few shapes are compiled
+    assert len({len(reply.make_prompt(model.run, d).tokens) for d in dialogues}) > 3
+    drawn = []
+    advance = generate.advance
+
+    def counted(weights: Any, slots: Any, *rest: Any, **fixed: Any) -> Any:
+        drawn.append(slots.token.shape[0])
+        return advance(weights, slots, *rest, **fixed)
+
+    monkeypatch.setattr(generate, "advance", counted)
+    assert reply.replies(model, dialogues[::-1], rows[::-1], how[::-1], batch=2) == found[::-1]
+    assert set(drawn) == {2}
     # The row that is asked for counts, not the one that the data gives.
-    assert reply.replies(run, trainable, dialogues[:1], [0], SHORT) != found[:1]
+    assert reply.replies(model, dialogues[:1], [0], [SHORT]) != found[:1]
 
 
-@pytest.mark.parametrize("sampling", [SHORT, Sampling(new_tokens=8, temperature=1.2, top_p=0.95, seed=4)])
-def test_pieces_of_a_stream_make_up_the_reply(qar: tuple[Run, Any, Tree], sampling: Sampling) -> None:
-    run, store, trainable = qar
+@pytest.mark.parametrize("sampling", [SHORT, DRAWN])
+def test_pieces_of_a_stream_make_up_the_reply(qar: tuple[Model, Any], sampling: Sampling) -> None:
+    model, store = qar
     (dialogue,), (row,) = some(store, 1)
-    pieces = list(reply.stream(run, trainable, dialogue, row, sampling))
+    pieces = list(reply.stream(model, dialogue, row, sampling))
     assert len(pieces) > 2
-    assert ["".join(pieces)] == reply.replies(run, trainable, [dialogue], [row], sampling)
+    assert ["".join(pieces)] == reply.replies(model, [dialogue], [row], [sampling])
 
 
-def test_a_stream_holds_back_half_a_character(qar: tuple[Run, Any, Tree], monkeypatch: pytest.MonkeyPatch) -> None:
-    run, store, trainable = qar
-    (dialogue,), (row,) = some(store, 1)
+def test_a_stream_holds_back_half_a_character(qar: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     heard = iter(["a", "a\ufffd", "aé", "aé\ufffd", "aé\ufffd", "aé!", "aé!", "aé!\ufffd"])
     monkeypatch.setattr(reply, "decode", lambda *_: next(heard))
+    pieces = reply.Pieces(qar[0].run)
     # What is left when all tokens are drawn is given out as it is.
-    assert list(reply.stream(run, trainable, dialogue, row, SHORT)) == ["a", "é", "!", "", "\ufffd"]
+    assert [pieces.add([0], i == 7) for i in range(8)] == ["a", "", "é", "", "", "!", "", "\ufffd"]
 
 
-def test_decode_leaves_markers_and_outer_blanks_out(qar: tuple[Run, Any, Tree]) -> None:
-    run = qar[0]
+def test_decode_leaves_markers_and_outer_blanks_out(qar: tuple[Model, Any]) -> None:
+    run = qar[0].run
     words = tokenizers.word_tokenizer(["good day, tilda"])
     spoken = dataclasses.replace(run, tokenizer=words)
     tokens = words.encode("\ngood day, tilda.\n<|im_end|>", add_special_tokens=False)
@@ -125,26 +131,26 @@ def test_decode_leaves_markers_and_outer_blanks_out(qar: tuple[Run, Any, Tree]) 
     assert reply.decode(spoken, []) == ""
 
 
-def test_question_waits_for_the_responder(qar: tuple[Run, Any, Tree]) -> None:
+def test_question_waits_for_the_responder(qar: tuple[Model, Any]) -> None:
     history = (Turn("tilda", "good day"), Turn("maren", "ahoy"))
-    asked = reply.question(qar[0], history, "tilda", "any bread?", "maren")
+    asked = reply.question(qar[0].run, history, "tilda", "any bread?", "maren")
     assert asked.turns == (*history, Turn("tilda", "any bread?"), Turn("maren", ""))
     assert (asked.query, asked.reply, asked.querier, asked.responder) == ("any bread?", "", "tilda", "maren")
 
 
 def test_side_by_side_shows_text_as_it_is(
-    qar: tuple[Run, Any, Tree], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    qar: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, _, trainable = qar
-    names = run.registry.queriers[:2]
+    model, _ = qar
+    names = model.run.registry.queriers[:2]
     rows = []
 
-    def replies(run: Run, trainable: Tree, dialogues: list[Dialogue], row: list[int], how: Sampling) -> list[str]:
+    def replies(model: Model, dialogues: list[Dialogue], row: list[int], how: list[Sampling]) -> list[str]:
         rows.extend(row)
         return [f"[/b] to {d.querier}" for d in dialogues]
 
     monkeypatch.setattr(reply, "replies", replies)
-    chat.answer_all(run, trainable, names, "is it [red] bread?", "maren", SHORT)
+    chat.answer_all(model, names, "is it [red] bread?", "maren", SHORT)
     out = capsys.readouterr().out
     assert rows == [1, 2] and "is it [red] bread?" in out
     assert all(f"[/b] to {name}" in out for name in names)

@@ -174,7 +174,9 @@ def test_views_are_those_of_each_dialogues_own_cluster(clusters: int) -> None:
 
 def test_declared_shapes() -> None:
     config = helpers.model()
-    shapes = jax.tree.map(lambda s: s.shape, arrays.abstract(towers.declare(config, rank=3, queriers=5, gated=True)))
+    shapes = jax.tree.map(
+        lambda s: s.shape, arrays.abstract(towers.declare(config, layers=2, rank=3, queriers=5, gated=True))
+    )
     specific = {"gate": (2, 16, 3), "up": (2, 16, 3), "down": (2, 3, 16)}
     assert shapes == {"specific": specific, "norm_s": (16,), "alpha": (16,), "rows": (5, 16)}
-    assert set(towers.declare(config, rank=3, queriers=0, gated=False)) == {"specific", "norm_s"}
+    assert set(towers.declare(config, layers=2, rank=3, queriers=0, gated=False)) == {"specific", "norm_s"}

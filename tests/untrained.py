@@ -1,4 +1,4 @@
-"""Tiny runs of the embedded world that were never trained."""
+"""Tiny runs that were never trained: of the embedded world, or of any setting."""
 
 from __future__ import annotations
 
@@ -6,22 +6,56 @@ import copy
 import dataclasses
 import functools
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import helpers
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from qaperso import batching, methods
 from qaperso import config as configs
 from qaperso import run as runs
-from qaperso.data.store import Store
+from qaperso.data.store import Registry, Store
+from qaperso.data.text import Encoded, Template
 from qaperso.mesh import AXES
+from qaperso.methods import Setting
 from qaperso.models import decoder
 from qaperso.models.config import DecoderConfig
 from qaperso.run import Run
 
 Tree = Any
+
+
+def mesh(count: int = 1) -> jax.sharding.Mesh:
+    """The first `count` of the fake devices, all on the data axis."""
+    return jax.make_mesh((count, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:count])
+
+
+def bare(setting: Setting, method: ModuleType, base: Tree, devices: int = 1) -> Run:
+    """A run of a setting without data, tokeniser or folder."""
+    nobody, nothing = Registry((), ()), Template((), (), (), (), ())
+    return Run(Path(), setting, method, mesh(devices), nobody, None, nothing, base, {})
+
+
+@functools.cache
+def small(name: str, eos: tuple[int, ...] = (), devices: int = 1) -> SimpleNamespace:
+    """A method's model with nothing at its neutral start: alpha, rows and LoRA are not zero."""
+    method = methods.load(name)
+    setting = helpers.setting(name, helpers.model(eos_ids=eos), qar__contrast="none")
+    trainable, base, _ = helpers.build(setting, method)
+    trainable, base = helpers.shaken(trainable, size=0.3), helpers.shaken(base, 2, size=0.3)
+    model = batching.prepare(bare(setting, method, base, devices), trainable)
+    made = dict(setting=setting, method=method, trainable=trainable, base=base, config=setting.model, model=model)
+    return SimpleNamespace(**made)
+
+
+def prompt(tokens: int, seed: int) -> Encoded:
+    """A prompt of random tokens."""
+    ids = np.random.default_rng(seed).integers(2, helpers.VOCAB, tokens).astype(np.int32)
+    return Encoded(ids, np.ones(tokens, np.int32), np.zeros(tokens, bool))
 
 
 @functools.cache
@@ -37,13 +71,12 @@ def opened(**changes: Any) -> tuple[Run, Store, Tree]:
     c.lora.update(rank=4, alpha=4.0, dropout=0.0)
     c.qar.update(rank=4, head_dim=8)
     c.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
-    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
 
     def weights(location: Any, model: DecoderConfig, *rest: Any) -> Tree:
         return helpers.shaken(helpers.drawn(decoder.declare(model), 0), 1, 0.2)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs, "make_mesh", lambda *_: mesh)
+        patch.setattr(runs, "make_mesh", lambda *_: mesh())
         patch.setattr(runs, "load_weights", weights)
         run, store = runs.new_run(c, Path("never written"))
     return run, store, helpers.shaken(helpers.drawn(runs.declare(run)[0], 2), 3, 0.2)

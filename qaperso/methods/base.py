@@ -47,11 +47,10 @@ def states(
 ) -> Float[Array, "W B S D"]:
     """Last layer's states of each tower, before any final norm. A key switches dropout on."""
     config = setting.config
-    x = decoder.embed(base, inputs.tokens, adapters, working(config.dtype))
+    x = decoder.embed(base, inputs.tokens, working(config.dtype))
     mask = decoder.causal_mask(inputs.segment, inputs.attend)
     kept = dict(remat=config.remat, dropout=config.lora.dropout, key=key)
-    x, _ = decoder.run(base, x, inputs.position, mask, setting.model, adapters, **kept)
-    return x
+    return decoder.run(base, x, inputs.position, mask, setting.model, adapters, **kept)
 
 
 def token_losses(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qaperso import losses
 from qaperso.data import contrast
+from qaperso.errors import UserError
 from qaperso.methods import Setting, base
 from qaperso.methods.base import prompt
 from qaperso.models import towers
@@ -27,12 +28,22 @@ PAPER_CLIP = 10.0
 
 
 def declare(setting: Setting) -> tuple[Tree, Tree]:
-    """LoRA (or the whole base), the specific tower, the heads; the prototype memory where the contrast uses one."""
+    """LoRA (or the whole base), the specific tower, the heads; the prototype memory where the contrast uses one.
+
+    Raises:
+      UserError: no layer is left for two towers.
+    """
     config, qar = setting.config, setting.config.qar
     paper = config.compat == "paper"
     params, memory = base.declare(setting)
     queriers = setting.queriers if qar.querier_embedding and not paper else 0
-    params["tower"] = towers.declare(setting.model, rank=qar.rank, queriers=queriers, gated=not paper)
+    layers = setting.model.layers - qar.split_layer
+    if layers < 1:
+        raise UserError(
+            f"config.qar.split_layer={qar.split_layer} leaves no layer of the base's {setting.model.layers} with two "
+            f"towers; it may be at most {setting.model.layers - 1}"
+        )
+    params["tower"] = towers.declare(setting.model, layers=layers, rank=qar.rank, queriers=queriers, gated=not paper)
     if qar.contrast == "none":
         return params, memory
     heads = towers.declare_heads(setting.model, setting.clusters, qar.head_dim)

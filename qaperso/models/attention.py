@@ -17,19 +17,18 @@ HEADS = ((0, 1, 2), (0, 1, 2))
 
 
 def attention(
-    q: Float[Array, "W B S H d"], k: Float[Array, "W B C K d"], v: Float[Array, "W B C K d"], mask: Bool[Array, "B S C"]
+    q: Float[Array, "W B S H d"], k: Float[Array, "W B S K d"], v: Float[Array, "W B S K d"], mask: Bool[Array, "B S S"]
 ) -> Float[Array, "W B S O"]:
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245), softmax in float32.
 
-    With as many queries as keys (S = C) the keys behind a block's last query are skipped: the mask must be causal then.
-    Weights are not kept for the backward pass (Dao et al., arXiv 2205.14135). A query that may see no key gets a mean
+    The mask must be causal: keys behind the last query of a block are skipped. Weights are not kept for the backward pass (Dao et al., arXiv 2205.14135). A query that may see no key gets a mean
     of values: finite, and nobody reads it.
 
     Args:
       q: queries, after the rotary embedding.
       k: keys, after the rotary embedding; query head h reads head h // (H / K).
       v: values.
-      mask: which keys each query may see.
+      mask: which keys each query may see, see `decoder.causal_mask`.
     """
     towers, b, s, heads, dim = q.shape
     group = jnp.moveaxis(q.reshape(towers, b, s, k.shape[3], -1, dim), 2, 4)
@@ -47,10 +46,8 @@ def _attend(
     return _forward(q, k, v, mask)[0]
 
 
-def _blocks(s: int, c: int) -> list[tuple[slice, slice]]:
+def _blocks(s: int) -> list[tuple[slice, slice]]:
     """Spans of queries, and of the keys that they may see."""
-    if s != c:
-        return [(slice(0, s), slice(0, c))]
     return [(slice(i, min(i + BLOCK, s)), slice(0, min(i + BLOCK, s))) for i in range(0, s, BLOCK)]
 
 
@@ -61,7 +58,7 @@ def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "W B K G S C"]:
 
 def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
     outs, normalisers = [], []
-    for own, seen in _blocks(q.shape[4], k.shape[3]):
+    for own, seen in _blocks(q.shape[4]):
         scores = _scores(q[..., own, :], k[..., seen, :], mask[:, own, seen])
         highest = jnp.max(scores, -1, keepdims=True)
         weights = jnp.exp(scores - highest)
@@ -80,7 +77,7 @@ def _backward(saved: tuple, d: Array) -> tuple[Array, Array, Array, None]:
     dqs = []
     dk = jnp.zeros(k.shape, jnp.float32)
     dv = jnp.zeros(v.shape, jnp.float32)
-    for own, seen in _blocks(q.shape[4], k.shape[3]):
+    for own, seen in _blocks(q.shape[4]):
         mine, keys, values, ds = q[..., own, :], k[..., seen, :], v[..., seen, :], d[..., own, :]
         weights = jnp.exp(_scores(mine, keys, mask[:, own, seen]) - normaliser[..., own, :])
         slope = dot(ds, values, ((5,), (4,)), HEADS)

@@ -38,21 +38,14 @@ class Adapters:
 
     Attributes:
       lora: see `lora.declare`, leading axis L.
-      specific: the specific tower's MLPs, {gate [L, D, r], up [L, D, r], down [L, r, D]}; present = two towers.
+      specific: the specific tower's MLPs of the last N layers, {gate [N, D, r], up [N, D, r], down [N, r, D]}; present =
+        two towers in these.
       rows: float[B, S, D], added to the specific stream where the streams part.
     """
 
     lora: Tree | None = None
     specific: Tree | None = None
     rows: Any | None = None
-
-
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of every layer and tower: [L, towers, B, C, KV, head_dim]."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 def declare(config: DecoderConfig, dtype: Any = jnp.float32) -> Tree:
@@ -123,21 +116,15 @@ def rope(x: Float[Array, "W B S H d"], tables: Float[Array, "2 B S half"]) -> Fl
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def causal_mask(
-    segment: Int[Array, "B S"], attend: Bool[Array, "B C"], keys: Int[Array, "B C"] | None = None, start: Any = 0
-) -> Bool[Array, "B S C"]:
+def causal_mask(segment: Int[Array, "B S"], attend: Bool[Array, "B S"]) -> Bool[Array, "B S S"]:
     """Which keys each query may see: same segment, not later, allowed.
 
     Args:
-      segment: of the queries, which stand at places start .. start + S - 1 of the row.
+      segment: of the tokens.
       attend: keys that may be attended to at all.
-      keys: segments of the keys; the queries' own by default.
-      start: place of the first query.
     """
-    keys = segment if keys is None else keys
-    place = start + jnp.arange(segment.shape[1])
-    earlier = jnp.arange(keys.shape[1])[None, :] <= place[:, None]
-    return (segment[:, :, None] == keys[:, None, :]) & attend[:, None, :] & earlier[None]
+    place = jnp.arange(segment.shape[1])
+    return (segment[:, :, None] == segment[:, None, :]) & attend[:, None, :] & (place[None, :] <= place[:, None])[None]
 
 
 def swiglu(x: Float[Array, "... D"], gate: Array, up: Array, down: Array) -> Float[Array, "... D"]:
@@ -151,14 +138,12 @@ def layer(
     weights: Tree,
     adapters: Adapters,
     tables: Float[Array, "2 B S half"],
-    mask: Bool[Array, "B S C"],
+    mask: Bool[Array, "B S S"],
     config: DecoderConfig,
     dropout: float = 0.0,
     key: jax.Array | None = None,
-    cache: Cache | None = None,
-    start: Any = 0,
-) -> tuple[Float[Array, "W B S D"], Cache | None]:
-    """One layer of one or two towers. `weights`, `adapters` and `cache` are one layer's slices."""
+) -> Float[Array, "W B S D"]:
+    """One layer of one or two towers. `weights` and `adapters` are one layer's slices."""
     towers, b, s, _ = x.shape
 
     def dense(h: Array, *names: str) -> list[Array]:
@@ -175,10 +160,6 @@ def layer(
 
     h = rms_norm(x, weights["attn_norm"], config.norm_eps)
     q, k, v = (heads(y, name) for y, name in zip(dense(h, "q", "k", "v"), "qkv", strict=True))
-    if cache is not None:
-        k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), start, 2)
-        v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), start, 2)
-        cache = Cache(k, v)
     q, k, v = (y.astype(weights["o"].dtype) for y in (q, k, v))
     x = x + dense(attention(q, k, v, mask).astype(x.dtype), "o")[0]
 
@@ -186,68 +167,73 @@ def layer(
     gate, up = dense(h[0], "gate", "up")
     general = dense(jax.nn.silu(gate) * up, "down")[0]
     if adapters.specific is None:
-        return x + general[None], cache
-    return x + jnp.stack([general, swiglu(h[1], **adapters.specific)]), cache
+        return x + general[None]
+    return x + jnp.stack([general, swiglu(h[1], **adapters.specific)])
 
 
-def embed(params: Tree, tokens: Int[Array, "B S"], adapters: Adapters, dtype: Any) -> Float[Array, "W B S D"]:
-    """Token embeddings for each tower; the specific one gets the queriers' rows on top."""
-    x = unbits(bits(params["embed"])[tokens]).astype(dtype)
-    if adapters.specific is None:
-        return x[None]
-    return jnp.stack([x, x if adapters.rows is None else x + adapters.rows.astype(dtype)])
+def embed(params: Tree, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "1 B S D"]:
+    """Token embeddings, as one stream."""
+    return unbits(bits(params["embed"])[tokens]).astype(dtype)[None]
+
+
+def part(x: Float[Array, "1 B S D"], rows: Float[Array, "B S D"] | None) -> Float[Array, "2 B S D"]:
+    """Two streams of one; the specific one gets the queriers' rows on top."""
+    return jnp.concatenate([x, x if rows is None else x + rows.astype(x.dtype)])
+
+
+def split_of(adapters: Adapters, config: DecoderConfig) -> int:
+    """The first layer that has two towers; `config.layers` where none has."""
+    return config.layers - (0 if adapters.specific is None else adapters.specific["gate"].shape[0])
 
 
 def run(
     params: Tree,
-    x: Float[Array, "W B S D"],
+    x: Float[Array, "1 B S D"],
     position: Int[Array, "B S"],
-    mask: Bool[Array, "B S C"],
+    mask: Bool[Array, "B S S"],
     config: DecoderConfig,
     adapters: Adapters = Adapters(),
     *,
     remat: str = "full",
     dropout: float = 0.0,
     key: jax.Array | None = None,
-    cache: Cache | None = None,
-    start: Any = 0,
-) -> tuple[Float[Array, "W B S D"], Cache | None]:
-    """Runs all layers as one scan.
+) -> Float[Array, "W B S D"]:
+    """Runs all layers: those of one stream as one scan, those of two as another.
 
     Args:
       params: base parameters, see `declare`.
-      x: embedded inputs of one or two towers.
+      x: embedded inputs.
       position: within the dialogue.
       mask: which keys each query may see, see `causal_mask`.
       config: the decoder's shape.
-      adapters: what the method adds, leading axis L.
+      adapters: what the method adds.
       remat: "full" or "dots", what the backward pass recomputes.
       dropout: of LoRA inputs, used when a key is given.
       key: PRNG key.
-      cache: to decode with, C places; the queries are written to places `start` and following.
-      start: place of the first query in the cache.
 
     Returns:
-      Last layer's states of each tower before any final norm, and the cache after the queries.
+      Last layer's states of each tower before any final norm.
     """
     tables = rope_tables(position, config)
     keys = None if key is None or not dropout else jax.random.split(key, config.layers)
-    stacked = Adapters(adapters.lora, adapters.specific)
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT[remat])
     def body(x: Array, scanned: tuple) -> tuple:
-        weights, own, layer_key, layer_cache = scanned
-        weights = jax.tree.map(unbits, weights)
-        x, layer_cache = layer(x, weights, own, tables, mask, config, dropout, layer_key, layer_cache, start)
-        return constrain_batch(x, 1), layer_cache
+        weights, own, layer_key = scanned
+        x = layer(x, jax.tree.map(unbits, weights), own, tables, mask, config, dropout, layer_key)
+        return constrain_batch(x, 1), None
 
-    return jax.lax.scan(body, constrain_batch(x, 1), (jax.tree.map(bits, params["layers"]), stacked, keys, cache))
+    def through(x: Array, start: int, stop: int, specific: Tree | None) -> Array:
+        base = (params["layers"], adapters.lora, keys)
+        if (start, stop) != (0, config.layers):
+            base = jax.tree.map(lambda a: a[start:stop], base)
+        weights, own, layer_keys = base
+        scanned = (jax.tree.map(bits, weights), Adapters(own, specific), layer_keys)
+        return jax.lax.scan(body, constrain_batch(x, 1), scanned)[0]
 
-
-def empty_cache(config: DecoderConfig, towers: int, batch: int, length: int, dtype: Any) -> Cache:
-    """A cache of `length` places."""
-    shape = (config.layers, towers, batch, length, config.kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    split = split_of(adapters, config)
+    x = through(x, 0, split, None) if split else x
+    return through(part(x, adapters.rows), split, config.layers, adapters.specific) if split < config.layers else x
 
 
 def head(params: Tree) -> Float[Array, "V D"]:
@@ -269,6 +255,6 @@ def forward(
     config: DecoderConfig,
 ) -> Float[Array, "B S D"]:
     """The base model alone: states after the final norm."""
-    x = embed(params, tokens, Adapters(), working(params["embed"].dtype))
-    x, _ = run(params, x, position, causal_mask(segment, attend), config)
+    x = embed(params, tokens, working(params["embed"].dtype))
+    x = run(params, x, position, causal_mask(segment, attend), config)
     return rms_norm(x[0], params["norm"], config.norm_eps)

@@ -20,16 +20,17 @@ from qaperso.types import RESPONDER, Inputs
 Tree = Any
 
 
-def declare(config: DecoderConfig, *, rank: int, queriers: int, gated: bool) -> Tree:
+def declare(config: DecoderConfig, *, layers: int, rank: int, queriers: int, gated: bool) -> Tree:
     """Declares the specific tower.
 
     Args:
       config: of the base.
+      layers: how many of the last layers have two towers.
       rank: of the specific MLPs.
       queriers: number of querier rows, the stranger's included; 0 = no rows (as published).
       gated: join by alpha (starts as the base) or, as published, by the mean.
     """
-    n, d = config.layers, config.embed
+    n, d = layers, config.embed
     tree = {
         "specific": {
             "gate": ArraySpec((n, d, rank), ("layers", "embed", None), fan_in(d)),

@@ -1,0 +1,217 @@
+"""The decoder for replies: one or two towers over a cache, with weights arranged once for it.
+
+Computes what `decoder.run` computes without dropout and gradients (tests compare the two), from other arrays:
+
+- projections that read the same input are one kernel, q|k|v and gate|up: fewer and wider matmuls;
+- every layer has arrays of its own: a stack would be cut into copies at each token on back ends that do not fuse the
+  slice into the matmul (CPU), which is three times the memory traffic of reading the weights;
+- keys and values lie as [towers, B, KV, C, head_dim], so that attention reads them where they are, and a new token is
+  written in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from qaperso.arrays import constrain_batch
+from qaperso.models import decoder, lora, towers
+from qaperso.models.config import DecoderConfig
+from qaperso.models.decoder import Adapters
+from qaperso.models.linear import matmul, working
+
+Tree = Any
+# Keys and values of a layer, each [towers, B, KV, C, head_dim]; a cache has a pair for every layer.
+Pair = tuple[jax.Array, jax.Array]
+Cache = tuple[Pair, ...]
+
+# Projections that read the same input.
+FUSED = {"qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}
+NORMS = ("attn_norm", "mlp_norm", "q_norm", "k_norm")
+
+
+def prepare(base: Tree, adapters: Adapters, tower: Tree, config: DecoderConfig, dtype: Any) -> Tree:
+    """Arranges parameters for inference.
+
+    In float32 LoRA is added into the kernels. In bfloat16 it stays beside them: a kernel has 8 bits, so whatever
+    training added that is below 1/256 of an element would be rounded away, all of it where the base itself is bfloat16.
+
+    Args:
+      base: see `decoder.declare`.
+      adapters: LoRA (scaled) and the specific tower's MLPs; rows belong to a request and are not used.
+      tower: what joins the towers, {} for one tower; see `towers.join`.
+      config: the decoder's shape.
+      dtype: of weights, activations and cache.
+
+    Returns:
+      {embed, norm, head?, tower: {norm_s, alpha?}, layers: [{qkv, o, gate_up, down, norms, biases, ...} of each layer]}.
+    """
+    side = adapters.lora
+    if side is not None and dtype == jnp.float32:
+        base, side = lora.merge(base, side), None
+    stacked = base["layers"]
+    layers = {name: stacked[name] for name in NORMS if name in stacked}
+    for name, parts in FUSED.items():
+        layers[name] = jnp.concatenate([stacked[p] for p in parts], -1)
+        if f"{parts[0]}_bias" in stacked:
+            layers[f"{name}_bias"] = jnp.concatenate([stacked[f"{p}_bias"] for p in parts], -1)
+        if side is not None:
+            layers[f"{name}_a"] = jnp.concatenate([side[p]["a"] for p in parts], -1)
+            layers[f"{name}_b"] = jax.vmap(jax.scipy.linalg.block_diag)(*[side[p]["b"] for p in parts])
+    weights = {name: base[name] for name in ("embed", "norm", "head") if name in base}
+    weights["tower"] = {name: tower[name] for name in ("norm_s", "alpha") if name in tower}
+    weights["layers"] = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.layers)]
+    if (own := adapters.specific) is not None:
+        two = {"own_gate_up": jnp.concatenate([own["gate"], own["up"]], -1), "own_down": own["down"]}
+        for i, one in enumerate(weights["layers"][decoder.split_of(adapters, config) :]):
+            one |= jax.tree.map(lambda x, i=i: x[i], two)
+    return jax.tree.map(lambda x: x.astype(dtype), weights)
+
+
+def count_towers(one: Tree) -> int:
+    """2 where a layer has a specific MLP, else 1."""
+    return 1 + ("own_down" in one)
+
+
+def empty_cache(weights: Tree, config: DecoderConfig, batch: int, length: int) -> Cache:
+    """A cache of `length` places, in the dtype of activations."""
+
+    def empty(one: Tree) -> jax.Array:
+        shape = (count_towers(one), batch, config.kv_heads, length, config.head_dim)
+        return jnp.zeros(shape, working(weights["embed"].dtype))
+
+    return tuple((empty(one), empty(one)) for one in weights["layers"])
+
+
+def attention(
+    q: Float[Array, "W B S H d"], k: Float[Array, "W B K C d"], v: Float[Array, "W B K C d"], mask: Bool[Array, "B S C"]
+) -> Float[Array, "W B S O"]:
+    """Grouped-query attention on keys and values laid out as in the cache; no causal block is skipped."""
+    w, b, s, heads, dim = q.shape
+    group = q.reshape(w, b, s, k.shape[2], heads // k.shape[2], dim)
+    scores = jnp.einsum("wbskgd,wbkcd->wbkgsc", group, k, preferred_element_type=jnp.float32) * dim**-0.5
+    scores = jnp.where(mask[None, :, None, None], scores, jnp.finfo(jnp.float32).min)
+    probability = jax.nn.softmax(scores, -1).astype(v.dtype)
+    return jnp.einsum("wbkgsc,wbkcd->wbskgd", probability, v).reshape(w, b, s, heads * dim)
+
+
+def write(pair: Pair, new: Pair, place: Int[Array, " B"]) -> Pair:
+    """Puts one token's keys and values [W, B, KV, 1, d] at each row's own place, which must be within the cache."""
+    rows = jnp.arange(place.shape[0])
+
+    def put(old: Array, token: Array) -> Array:
+        one = jnp.moveaxis(token[:, :, :, 0], 1, 0).astype(old.dtype)
+        return old.at[:, rows, :, place].set(one, mode="promise_in_bounds", unique_indices=True)
+
+    return put(pair[0], new[0]), put(pair[1], new[1])
+
+
+def layer(
+    x: Float[Array, "W B S D"],
+    weights: Tree,
+    tables: Float[Array, "2 B S half"],
+    mask: Bool[Array, "B S C"],
+    config: DecoderConfig,
+    pair: Pair | None = None,
+    place: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "W B S D"], Pair]:
+    """One layer; with a cached pair the one new token of each row is added to it first, at its place.
+
+    Returns:
+      The states, and the keys and values that were attended to.
+    """
+    towers, b, s, _ = x.shape
+
+    def dense(h: Array, name: str) -> Array:
+        y = matmul(h, weights[name])
+        if f"{name}_bias" in weights:
+            y = y + weights[f"{name}_bias"].astype(y.dtype)
+        return y if f"{name}_a" not in weights else y + matmul(matmul(h, weights[f"{name}_a"]), weights[f"{name}_b"])
+
+    def normed(h: Array, name: str) -> Array:
+        return decoder.rms_norm(h, weights[name], config.norm_eps) if name in weights else h
+
+    def swiglu(h: Array, wide: str, narrow: str) -> Array:
+        gate, up = jnp.split(dense(h, wide), 2, -1)
+        return dense(jax.nn.silu(gate) * up, narrow)
+
+    together = dense(normed(x, "attn_norm"), "qkv").reshape(towers, b, s, -1, config.head_dim)
+    q, k, v = jnp.split(together, [config.heads, config.heads + config.kv_heads], 3)
+    q, k = decoder.rope(normed(q, "q_norm"), tables), decoder.rope(normed(k, "k_norm"), tables)
+    new = jnp.moveaxis(k, 2, 3), jnp.moveaxis(v, 2, 3)
+    pair = new if pair is None else write(pair, new, place)
+    x = x + dense(attention(q, *pair, mask), "o")
+
+    h = normed(x, "mlp_norm")
+    general = swiglu(h[0], "gate_up", "down")
+    x = x + (general[None] if towers == 1 else jnp.stack([general, swiglu(h[1], "own_gate_up", "own_down")]))
+    return constrain_batch(x, 1), pair
+
+
+def prefill(
+    weights: Tree,
+    tokens: Int[Array, "B S"],
+    position: Int[Array, "B S"],
+    mask: Bool[Array, "B S S"],
+    rows: Float[Array, "B S D"] | None,
+    config: DecoderConfig,
+) -> tuple[Float[Array, "W B S D"], Cache]:
+    """Reads prompts.
+
+    Args:
+      weights: from `prepare`.
+      tokens, position: of the prompts.
+      mask: which tokens each token may see, see `decoder.causal_mask`.
+      rows: of the queriers, where the method has such.
+      config: the decoder's shape.
+
+    Returns:
+      Last layer's states of each tower before any final norm, and the keys and values of every layer.
+    """
+    tables = decoder.rope_tables(position, config)
+    x = decoder.embed(weights, tokens, working(weights["embed"].dtype))
+    cache = []
+    for one in weights["layers"]:
+        x = decoder.part(x, rows) if count_towers(one) > x.shape[0] else x
+        x, pair = layer(x, one, tables, mask, config)
+        cache.append(pair)
+    return x, tuple(cache)
+
+
+def decode(
+    weights: Tree,
+    cache: Cache,
+    token: Int[Array, " B"],
+    position: Int[Array, " B"],
+    place: Int[Array, " B"],
+    visible: Bool[Array, "B C"],
+    rows: Float[Array, "B D"] | None,
+    config: DecoderConfig,
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads one token of each row.
+
+    Args:
+      weights: from `prepare`.
+      cache: of C places; donate it, so that it is written in place.
+      token, position: of each row.
+      place: where in the cache the token goes; a row's place is its own.
+      visible: the places that the token sees; its own should be among them.
+      rows: of the queriers, where the method has such.
+      config: the decoder's shape.
+
+    Returns:
+      Float32 logits of the next token, and the cache with this one.
+    """
+    tables = decoder.rope_tables(position[:, None], config)
+    x = decoder.embed(weights, token[:, None], working(weights["embed"].dtype))
+    rows = None if rows is None else rows[:, None]
+    found = []
+    for one, pair in zip(weights["layers"], cache, strict=True):
+        x = decoder.part(x, rows) if count_towers(one) > x.shape[0] else x
+        x, pair = layer(x, one, tables, visible[:, None], config, pair, place)
+        found.append(pair)
+    hidden = towers.join(weights["tower"], weights, x, config)
+    return decoder.logits(weights, hidden, config)[:, 0], tuple(found)
