@@ -1,4 +1,4 @@
-"""python benchmarks/layout.py --data DIR [DIR ...] [--json FILE] [--quick] [--dtype float32]
+"""python benchmarks/layout.py --data DIR [DIR ...] [--json FILE] [--quick] [--dtype DTYPE]
 
 Useful tokens per second: what the layout of batches is worth. Useful are the tokens that are learned, each reply's once.
 
@@ -9,12 +9,13 @@ the names are masked. Values of weights are random. On every side LoRA of rank 1
 - published (arXiv 2412.11736): for every reply its window of up to six turns as a sequence of its own, padded to 592
   tokens, four a batch, loss and logits at every position; the same QAR step otherwise, on as many devices.
 - peer: transformers + peft on the same windows, padded to the longest of their batch, the loss on the reply only. It gets
-  its own best of batches of 4, 8 and 16, shuffled or sorted by length within pools of 50 batches, and of eager and sdpa
-  attention, chosen by a trial on a batch of middling size.
+  its own best of float32 and bfloat16 (with adapters of either), of eager and sdpa attention, of batches of 4, 8 and 16,
+  shuffled or sorted by length within pools of 50 batches; chosen by trials on a batch of middling size.
 
-Everybody has the same dtype and cores and a process of its own; all take turns. The rounds' batches are spread evenly over
-an epoch (the peer's by size). A program's rate is what it was timed at, positions per second, times the exact number of
-learned tokens per position of the whole epoch, so that it does not depend on which batches were drawn.
+Ours has the dtype of its config. With --dtype everybody has that one. Everybody has the same cores and a process of its own;
+all take turns. The rounds' batches are spread evenly over an epoch (the peer's by size). A program's rate is what it was
+timed at, positions per second, times the exact number of learned tokens per position of the whole epoch, so that it does
+not depend on which batches were drawn.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ class Bench:
             self.kind, config = "town", configs.load(ROOT / "configs" / "quickstart.py")
             config.base, config.qar.contrast = "random", "prototypes"
             config.batch.rows = 4
-        config.dtype = options.dtype
+        config.dtype = options.dtype or config.dtype
         self.config = config
         self.corpus = packing.Corpus(config, 40 if options.quick else LIMIT)
         length = 2 * config.batch.length if options.quick else packing.PUBLISHED
@@ -167,8 +168,8 @@ class Bench:
         setting = Setting(config, self.model, store.registry.rows, clusters, store.classes)
         return ours.worker(setting, epoch.batches, devices)
 
-    def peer(self, batches: list[Any], attention: str, adapters: str, warm_up: int) -> Worker:
-        settings = dict(attention=attention, dtype=self.config.dtype, adapters=adapters, threads=self.options.threads)
+    def peer(self, batches: list[Any], attention: str, dtype: str, adapters: str, warm_up: int) -> Worker:
+        settings = dict(attention=attention, dtype=dtype, adapters=adapters, threads=self.options.threads)
         more = dict(lora=self.config.lora, lr=self.config.optimizer.lr, warm_up=[warm_up])
         return peer.worker(self.model, batches, **settings, **more)
 
@@ -183,7 +184,11 @@ def measure(options: argparse.Namespace, data: Path | None) -> tuple[list[Ratio]
         "sft packed": packed_epoch(bench.corpus, examples, "sft", rounds),
         "qar published layout": published_epoch(windows, bench.published, bench.config, rounds),
     }
-    figures: dict[str, Any] = {"dtype": options.dtype, "dialogues": len(bench.corpus.train), "windows": len(windows)}
+    figures: dict[str, Any] = {
+        "dtype": bench.config.dtype,
+        "dialogues": len(bench.corpus.train),
+        "windows": len(windows),
+    }
     figures |= {"replies left out": left_out, "sequences": len(examples)}
     shape, workers = bench.corpus.shape, {}
     makers = {str(d): (lambda d=d: bench.ours("qar", epochs["qar packed"], shape, d)) for d in options.devices}
@@ -212,7 +217,7 @@ def measure(options: argparse.Namespace, data: Path | None) -> tuple[list[Ratio]
             "peak rss GB": worker.rss / 1e9,
         }
         worker.close()
-    label = f"{bench.kind}, {options.dtype}"
+    label = f"{bench.kind}, {bench.config.dtype}"
     target = TARGETS.get(bench.kind, TARGET)
     pair = rates["qar packed"], rates["qar published layout"]
     ratios = [compare(f"{label}: qar packed / published layout", *pair, target, ">=")]
@@ -235,10 +240,13 @@ def open_peer(bench: Bench, windows: Sequence[Example], figures: dict[str, Any])
     }
     batches = [batch for epoch in layouts.values() for batch in epoch.batches]
     middle = rounds // 2
-    adapters = ("float32",) if options.dtype == "float32" else ("float32", "bfloat16")
     attentions = options.attention[:1] if options.quick else options.attention
+    wanted = options.dtype or ("float32" if options.quick else "")
+    dtypes = [(t, k) for t, k in peer.DTYPES if t == wanted or not wanted]
     makers = {
-        f"{a}, {k} adapters": (lambda a=a, k=k: bench.peer(batches, a, k, middle)) for a in attentions for k in adapters
+        f"{a}, {t}, {k} adapters": (lambda a=a, t=t, k=k: bench.peer(batches, a, t, k, middle))
+        for a in attentions
+        for t, k in dtypes
     }
     kind, worker, trials = common.fastest(makers, lambda w: min(w.seconds([middle, middle])))
     found = {f"trial seconds, {k}": v for k, v in trials.items()}
@@ -257,7 +265,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="*", default=[], metavar="DIR", help="prepared data sets")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="what the CPU may be cut into")
     parser.add_argument("--attention", nargs="+", default=["eager", "sdpa"], help="of the peer")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of everybody")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of everybody")
     options = parser.parse_args()
     common.begin(options)
     if options.quick:

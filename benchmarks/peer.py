@@ -18,6 +18,8 @@ from qaperso.models.lora import TARGETS
 
 # torch's name for "no loss here".
 IGNORED = -100
+# Of the model and of the adapters.
+DTYPES = (("float32", "float32"), ("bfloat16", "float32"), ("bfloat16", "bfloat16"))
 
 
 def padded(tokens: Sequence[np.ndarray], predicted: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

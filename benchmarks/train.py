@@ -173,7 +173,7 @@ def open_all(bench: Bench, figures: dict[str, Any]) -> tuple[Choices, dict[str, 
     figures["peer"] = {}
     for dtype in DTYPES[:1] if options.quick else DTYPES:
         attentions = options.attention[:1] if options.quick else options.attention
-        adapters = ("float32",) if dtype == "float32" else ("float32", "bfloat16")
+        adapters = [k for t, k in peer.DTYPES if t == dtype]
         makers = {
             f"{a}, {k} adapters": (lambda a=a, k=k, t=dtype: bench.peer(a, t, k)) for a in attentions for k in adapters
         }

@@ -183,7 +183,7 @@ def test_layout_ratios_by_hand(beside, monkeypatch):
     monkeypatch.setattr(ours, "worker", ours_worker)
     monkeypatch.setattr(peer, "worker", lambda *_, attention, **__: Clock({"eager": 4.0, "sdpa": 3.0}[attention]))
     monkeypatch.setattr(layout.common, "missing", lambda *_: "")
-    options = argparse.Namespace(quick=True, rounds=3, devices=[1, 2], attention=["sdpa"], dtype="float32", threads=1)
+    options = argparse.Namespace(quick=True, rounds=3, devices=[1, 2], attention=["sdpa"], dtype=None, threads=1)
     ratios, figures = layout.measure(options, None)
     named = {name: found for name, found in figures.items() if isinstance(found, dict) and "useful tokens/s" in found}
     rates = {name: found["useful tokens/s"] for name, found in named.items()}
