@@ -1,16 +1,19 @@
 # make demo   the main job on the embedded town, start to finish, a few minutes on two cores
 # make test   every fast test;  make prove  the slow tier, which writes docs/evidence
+# make bench  every benchmark, half an hour on two cores: benchmarks/results.json and a table
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 RUNS ?= runs
 # scenes.jsonl of the Shakespeare dialogues, for make prove
 SCENES ?=
+# prepared data sets, for make bench
+DATA ?=
 
 # Huge pages for large arrays (glibc on Linux): a tenth and more of a training step on CPUs. Other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test prove lint smollm2 extras clean
+.PHONY: demo test prove bench lint smollm2 extras clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d found, 3.11 or newer needed; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -21,6 +24,10 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.benched: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --editable '.[bench]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -36,6 +43,9 @@ test: $(VENV)/.tested
 
 prove: $(VENV)/.tested smollm2
 	$(if $(SCENES),SCENES=$(SCENES)) $(RUN) -m pytest -m slow -s
+
+bench: $(VENV)/.benched smollm2
+	$(RUN) benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -150,6 +151,31 @@ def train_step(
     metrics |= {"grad_norm": norm, "tokens": (batch.inputs.segment > 0).sum().astype(jnp.float32)}
     metrics |= {"predicted": counts["lm"], "finite": finite.astype(jnp.float32), "skipped": skipped.astype(jnp.float32)}
     return TrainState(state.step + 1, trainable, moments, memory, largest, skipped), metrics
+
+
+def start(
+    setting: Setting,
+    method: ModuleType,
+    optimizer: optax.GradientTransformation,
+    trainable: Tree,
+    memory: Tree,
+    mesh: Mesh,
+) -> tuple[TrainState, Callable]:
+    """The state before the first step, and the step as one program.
+
+    Args:
+      setting, method, optimizer: of the run.
+      trainable, memory: first values, on the mesh.
+      mesh: of the devices.
+
+    Returns:
+      The state, and the jitted (state, base, batch, key) -> (state, metrics) of `train_step`, which donates the state and
+      leaves each part of it where it was.
+    """
+    spread = state_shardings(optimizer, trainable, memory, mesh)
+    state = jax.jit(functools.partial(init_state, optimizer), out_shardings=spread)(trainable, memory)
+    function = functools.partial(train_step, setting, method, optimizer)
+    return state, jax.jit(function, donate_argnums=0, out_shardings=(spread, None))
 
 
 def dead_parameters(largest: Tree) -> list[str]:

@@ -7,7 +7,6 @@ after saving.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import math
 import signal
@@ -46,21 +45,17 @@ def train(config: Any, workdir: Path) -> int:
     dev, _ = run.examples(store, "dev", config.dev_dialogues)
     claim_workdir(run)
 
-    # 2. State: new, or the newest checkpoint's.
+    # 2. The step, and its state: new, or the newest checkpoint's.
     optimizer, schedule = step.make_optimizer(config, config.steps)
-    trainable, memory = initialise(run)
-    spread = step.state_shardings(optimizer, trainable, memory, run.mesh)
-    state = jax.jit(functools.partial(step.init_state, optimizer), out_shardings=spread)(trainable, memory)
+    state, advance = step.start(run.setting, run.method, optimizer, *initialise(run), run.mesh)
     writer = checkpoint.Writer(workdir / CHECKPOINTS, config.keep_latest, config.keep_best)
     start = writer.latest() or 0
     if start:
         state = writer.restore(start, state)
     describe(run, state.trainable, store, examples, left_out, start)
 
-    # 3. Batches of the plan, the jitted step, and who listens.
+    # 3. Batches of the plan, and who listens.
     feed, rebuild = make_feed(run, examples, start)
-    function = functools.partial(step.train_step, run.setting, run.method, optimizer)
-    advance = jax.jit(function, donate_argnums=0, out_shardings=(spread, None))
     key = jax.random.key(config.seed)
     log = Log(run, state.trainable, start, schedule, rebuild)
     stop = StopSignal()

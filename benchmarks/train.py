@@ -1,0 +1,271 @@
+"""python benchmarks/train.py [--json FILE] [--quick] [--devices 1 2] [--attention eager sdpa]
+
+Speed and memory of a training step on the CPU, beside transformers + peft.
+
+Everybody computes the same: SmolLM2-135M's shapes, LoRA of rank 16 on seven projections, no dropout, AdamW on the
+adapters, 4 rows of 256 tokens, each row one dialogue that fills it, logits and loss at every position. QAR has its second
+tower and its contrast besides. Values are random: speed does not depend on them. Every program has a process of its own
+and works alone; all are alive and take turns, a step each, after two steps of warm-up, held to the same cores. Compile
+caches are off.
+
+- ours: the step that qaperso.train runs, config as in configs/qar_smollm2.py. Of --devices (one device with all threads,
+  or several with a share each and a share of the rows) and of the remat settings that recompute no matmul the fastest.
+- peer: the faster of eager and sdpa attention; in bfloat16 also of float32 and bfloat16 adapters. It does not clip
+  gradients, which ours does.
+- MFU: FLOPs by qaperso.step.step_flops, over the fastest square matmul that anybody here did in the same run and dtype:
+  ours on one device or several, or torch's. Recomputed FLOPs do not count; by step_flops neither do attention's scores and
+  a tied output layer. "mfu of all matmuls" counts them.
+- memory: what XLA plans for a QAR step on one device, and the resident peak of each process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import common
+import ours
+import peer
+from common import ROOT, Ratio, Worker, compare
+
+from qaperso import config as configs
+from qaperso.data.plan import Shape
+from qaperso.models.config import DecoderConfig
+from qaperso.types import Batch
+
+GB = 1e9
+DTYPES = ("float32", "bfloat16")
+
+
+def config_of(method: str, dtype: str, remat: str, shape: Shape, split: int = 0) -> Any:
+    """configs/qar_smollm2.py with these values; `split` layers below the towers' parting where that can be set."""
+    config = configs.load(ROOT / "configs" / "qar_smollm2.py")
+    config.method, config.dtype, config.remat = method, dtype, remat
+    config.batch.rows, config.batch.length = shape.rows, shape.length
+    config.batch.targets, config.batch.dialogues = shape.targets, shape.dialogues
+    if split:
+        config.qar.split_layer = split
+    return config
+
+
+def remats() -> list[str]:
+    """Settings that recompute no matmul."""
+    return [name for name in ("none", "dots") if name in configs.CHOICES["remat"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """Settings of ours: devices, remat of the speed runs, and the layers below the towers' parting (0 = none)."""
+
+    devices: int
+    remat: str
+    split: int
+
+
+class Bench:
+    """What is measured, and how it is started."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.model: DecoderConfig = ours.TINY if options.quick else ours.SMOLLM2
+        rows, length = (4, 32) if options.quick else (4, 256)
+        self.shape = Shape(rows, length, length, 1)
+        self.batches: dict[str, Batch] = {
+            method: ours.full_batch(self.shape, self.model.vocab, contrast)
+            for method, contrast in (("sft", "none"), ("qar", "prototypes"))
+        }
+        tokens = self.batches["sft"].inputs.tokens[0]
+        self.rows = peer.padded(tokens, [row >= 0 for row in tokens])
+        self.tokens = rows * length
+        self.lora_rank: int = config_of("sft", "float32", "full", self.shape).lora.rank
+
+    def ours(self, method: str, dtype: str, devices: int, remat: str, split: int = 0) -> Worker:
+        config = config_of(method, dtype, remat, self.shape, split)
+        return ours.worker(ours.setting_of(config, self.model), [self.batches[method]], devices)
+
+    def peer(self, attention: str, dtype: str, adapters: str) -> Worker:
+        config = config_of("sft", dtype, "full", self.shape)
+        settings = dict(attention=attention, dtype=dtype, adapters=adapters, threads=self.options.threads)
+        return peer.worker(self.model, [self.rows], lora=config.lora, lr=config.optimizer.lr, **settings)
+
+    def flops(self, worker: Worker, method: str, split: int = 0) -> tuple[float, float]:
+        """FLOPs of a step: by step_flops, and of all matmuls of forward and backward, each once."""
+        m, counted = self.model, worker.facts["flops_a_token"] * self.tokens
+        attending = m.heads * m.head_dim
+        second = m.layers - split if method == "qar" else 0
+        # Scores and values, of whose S x S a causal mask leaves half: two matmuls forward, four backward.
+        scores = 6 * 2 * (m.layers + second) * attending * self.shape.length / 2
+        # Frozen kernels have one matmul backward, LoRA's two.
+        rank, kv = self.lora_rank, m.kv_heads * m.head_dim
+        kernels = 2 * m.embed * (attending + kv)
+        adapters = rank * (2 * (m.embed + attending) + 2 * (m.embed + kv))
+        tower = second * (4 * kernels + 6 * adapters)
+        return counted, counted + self.tokens * (scores + tower + 4 * m.vocab * m.embed)
+
+
+def trial(worker: Worker) -> float:
+    """Seconds of the faster of two steps."""
+    return min(worker.seconds([0, 0]))
+
+
+def measure(options: argparse.Namespace) -> tuple[list[Ratio], dict[str, Any]]:
+    """All ratios and figures."""
+    bench = Bench(options)
+    figures: dict[str, Any] = {"tokens a step": bench.tokens, "threads": options.threads}
+    choices, workers = open_all(bench, figures)
+    peaks: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for number in range(options.rounds):
+        for name, worker in workers.items():
+            seconds[name] += worker.seconds([number])
+        for dtype, found in peaks.items():
+            found.append(peak_of(workers, dtype, options.quick))
+    for name, worker in workers.items():
+        mine = seconds[name]
+        figures[name] = {
+            "tokens/s": bench.tokens / statistics.median(mine),
+            "step seconds": statistics.median(mine),
+            "step seconds from": min(mine),
+            "step seconds to": max(mine),
+            "peak rss GB": worker.rss / GB,
+        }
+        if "arguments" in worker.facts:
+            planned = worker.facts["arguments"] + worker.facts["temporaries"]
+            figures[name]["arguments + temporaries GB, all devices"] = planned * worker.facts["devices"] / GB
+        figures[name] |= {
+            k: v for k, v in worker.facts.items() if k in ("trace_seconds", "compile_seconds", "devices", "adapters")
+        }
+    figures["matmul peak GFLOP/s"] = {dtype: statistics.median(found) / 1e9 for dtype, found in peaks.items()}
+    ratios = speed_ratios(bench, workers, seconds, peaks, figures, choices)
+    ratios += memory_ratios(bench, workers, figures, choices)
+    for worker in workers.values():
+        worker.close()
+    return ratios, figures
+
+
+def open_all(bench: Bench, figures: dict[str, Any]) -> tuple[Choices, dict[str, Worker]]:
+    """Starts every program with the settings that are fastest for it; puts into `figures` which and why."""
+    options, workers = bench.options, {}
+    wanted = options.devices[:1] if options.quick else options.devices
+    kinds = remats()[:1] if options.quick else remats()
+    candidates = {
+        f"{d} devices, remat {r}": (lambda d=d, r=r: bench.ours("sft", "float32", d, r)) for d in wanted for r in kinds
+    }
+    named = {f"{d} devices, remat {r}": (d, r) for d in wanted for r in kinds}
+    chosen, workers["sft float32"], trials = common.fastest(candidates, trial)
+    devices, remat = named[chosen]
+    figures["ours"] = {"settings": chosen} | {f"trial seconds, {k}": v for k, v in trials.items()}
+    workers["qar float32"] = bench.ours("qar", "float32", devices, remat)
+    split = bench.model.layers // 2 if "split_layer" in configs.default().qar else 0
+    if split:
+        workers["qar split float32"] = bench.ours("qar", "float32", devices, remat, split)
+    if not options.quick:
+        for method in ("sft", "qar"):
+            workers[f"{method} bfloat16"] = bench.ours(method, "bfloat16", devices, remat)
+    left_out = common.missing("torch", "peft")
+    if left_out:
+        print(f"train: peer {left_out}")
+        figures["peer"] = left_out
+        return Choices(devices, remat, split), workers
+    figures["peer"] = {}
+    for dtype in DTYPES[:1] if options.quick else DTYPES:
+        attentions = options.attention[:1] if options.quick else options.attention
+        adapters = [k for t, k in peer.DTYPES if t == dtype]
+        makers = {
+            f"{a}, {k} adapters": (lambda a=a, k=k, t=dtype: bench.peer(a, t, k)) for a in attentions for k in adapters
+        }
+        chosen, workers[f"peer {dtype}"], trials = common.fastest(makers, trial)
+        figures["peer"][dtype] = {"settings": chosen} | {f"trial seconds, {k}": v for k, v in trials.items()}
+    return Choices(devices, remat, split), workers
+
+
+def peak_of(workers: Mapping[str, Worker], dtype: str, quick: bool) -> float:
+    """FLOP/s of the fastest matmul by ours or torch, now."""
+    askable = [w for name, w in workers.items() if name in ("sft float32", "peer float32")]
+    return max(w.ask("peak", dtype=dtype, size=size) for w in askable for size in ((64,) if quick else (1024, 2048)))
+
+
+def speed_ratios(
+    bench: Bench,
+    workers: Mapping[str, Worker],
+    seconds: Mapping[str, list[float]],
+    peaks: Mapping[str, list[float]],
+    figures: dict[str, Any],
+    choices: Choices,
+) -> list[Ratio]:
+    """Ratios of times, and of FLOPs to the peak."""
+    rates = {name: [bench.tokens / s for s in found] for name, found in seconds.items()}
+
+    def best(kind: str) -> str:
+        return max(
+            (n for n in rates if n.startswith(kind) and "split" not in n), key=lambda n: statistics.median(rates[n])
+        )
+
+    ratios = []
+    if "peer float32" in rates:
+        ratios.append(
+            compare(
+                "sft / transformers+peft, tokens/s, float32", rates["sft float32"], rates["peer float32"], 1.4, ">="
+            )
+        )
+        mine, theirs = best("sft"), best("peer")
+        ratios.append(compare(f"{mine} / {theirs}, tokens/s, best dtypes", rates[mine], rates[theirs], 1.0, ">="))
+        medians = [statistics.median(rates[name]) for name in ("qar float32", "peer float32")]
+        figures["qar / peer, tokens/s, float32"] = medians[0] / medians[1]
+    for name, worker in workers.items():
+        method, dtype = name.split()[0], name.split()[-1]
+        if method == "peer":
+            continue
+        counted = bench.flops(worker, method, choices.split if "split" in name else 0)
+        for label, flops in zip(("mfu", "mfu of all matmuls"), counted, strict=True):
+            reached = [flops / s for s in seconds[name]]
+            found = compare(f"{name} {label}", reached, peaks[dtype], 0.55, ">=")
+            figures[name][label] = found.value
+            if name == "sft float32" and label == "mfu":
+                ratios.append(found)
+    ratios.append(compare("qar / sft, step time, float32", seconds["qar float32"], seconds["sft float32"], 1.35, "<="))
+    if choices.split:
+        name = f"qar with split_layer {choices.split} / sft, step time, float32"
+        ratios.append(compare(name, seconds["qar split float32"], seconds["sft float32"], 1.15, "<="))
+    else:
+        print("train: config.qar has no split_layer: its ratio is left out")
+    return ratios
+
+
+def memory_ratios(
+    bench: Bench, workers: Mapping[str, Worker], figures: dict[str, Any], choices: Choices
+) -> list[Ratio]:
+    """What XLA plans for a QAR step in float32 on one device, and the peak of a process that does nothing else."""
+    ratios = []
+    for remat, target in ((choices.remat, 4.0), ("full", 1.5))[: 1 if bench.options.quick else 2]:
+        same = (choices.devices, choices.remat) == (1, remat)
+        worker = workers["qar float32"] if same else bench.ours("qar", "float32", 1, remat)
+        facts, seconds = worker.facts, trial(worker)
+        if not same:
+            worker.close()
+        plan = facts["arguments"] + facts["temporaries"]
+        figures[f"qar memory, remat {remat}"] = {
+            "arguments GB": facts["arguments"] / GB,
+            "temporaries GB": facts["temporaries"] / GB,
+            "peak rss GB": worker.rss / GB,
+            "step seconds, one device": seconds,
+            "compile_seconds": facts["compile_seconds"],
+        }
+        ratios.append(common.single(f"qar arguments + temporaries, GB, remat {remat}", plan / GB, target, "<="))
+    return ratios
+
+
+def main() -> None:
+    parser = common.parser(__doc__, rounds=7)
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2], help="what the CPU may be cut into")
+    parser.add_argument("--attention", nargs="+", default=["eager", "sdpa"], help="of the peer")
+    options = parser.parse_args()
+    common.begin(options)
+    common.report(options, "train", *measure(options))
+
+
+if __name__ == "__main__":
+    main()
