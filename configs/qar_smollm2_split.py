@@ -1,0 +1,10 @@
+"""`qar_smollm2.py` with one tower in the lower half of the layers: cheaper, see docs/results.md."""
+
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    c = runpy.run_path(str(Path(__file__).with_name("qar_smollm2.py")))["get_config"]()
+    c.qar.split_layer = 15
+    return c
