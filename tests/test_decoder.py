@@ -110,11 +110,6 @@ def test_mask_by_hand() -> None:
     segment, attend = jnp.asarray([[1, 1, 2, 2, 0]]), jnp.asarray([[True, True, True, False, False]])
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(decoder.causal_mask(segment, attend)[0], np.array(expected, bool))
-    # One query at place 1 of a cache of four.
-    keys, attend = jnp.asarray([[1, 1, 1, 0]]), jnp.ones((1, 4), bool)
-    np.testing.assert_array_equal(
-        decoder.causal_mask(jnp.asarray([[1]]), attend, keys, 1)[0, 0], [True, True, False, False]
-    )
 
 
 @pytest.fixture(scope="module")
@@ -147,56 +142,10 @@ def test_the_scan_is_layer_by_layer() -> None:
     x = decoder.embed(base, inputs.tokens, adapters, jnp.float32)
     mask = decoder.causal_mask(inputs.segment, inputs.attend)
     tables = decoder.rope_tables(inputs.position, run.model)
-    one = jax.jit(lambda x, w, own: decoder.layer(x, w, own, tables, mask, run.model)[0])
+    one = jax.jit(lambda x, w, own: decoder.layer(x, w, own, tables, mask, run.model))
     for i in range(run.model.layers):
         x = one(x, *jax.tree.map(lambda w, i=i: w[i], (base["layers"], adapters.replace(rows=None))))
     np.testing.assert_allclose(x, states("qar", inputs), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["sft", "qar"])
-def test_cached_decoding_is_the_full_forward_pass(name: str) -> None:
-    """Prefill of left-padded prompts of two lengths, then one token at a time into a cache with room to spare."""
-    run, trainable, base = running(name)
-    qar = load(name)
-    length, room, prefill, pads = 10, 13, 6, np.array([0, 3])
-    rng = np.random.default_rng(0)
-    place = np.arange(length)[None] - pads[:, None]
-    real = place >= 0
-    number = jnp.asarray(real.astype(np.int32))
-    inputs = Inputs(
-        tokens=jnp.asarray(rng.integers(0, helpers.VOCAB, (2, length)), jnp.int32) * number,
-        segment=number,
-        position=jnp.asarray(np.maximum(place, 0), jnp.int32),
-        role=number,
-        attend=jnp.asarray(real),
-        querier=jnp.asarray([[1], [3]], jnp.int32),
-        responder=jnp.zeros((2, 1), jnp.int32),
-        cluster=jnp.zeros((2, 1), jnp.int32),
-        present=jnp.ones((2, 1), bool),
-    )
-    full = states(name, inputs)
-    keys = jnp.pad(number, ((0, 0), (0, room - length)), constant_values=1)
-    attend = keys > 0
-
-    @jax.jit
-    def advance(inputs: Inputs, cache: decoder.Cache, start: jax.Array) -> tuple:
-        adapters = qar.condition(run, trainable, inputs)
-        x = decoder.embed(base, inputs.tokens, adapters, jnp.float32)
-        mask = decoder.causal_mask(inputs.segment, attend, keys, start)
-        return decoder.run(base, x, inputs.position, mask, run.model, adapters, cache=cache, start=start)
-
-    def window(first: int, stop: int) -> Inputs:
-        return jax.tree.map(lambda x: x[:, first:stop] if x.shape[1] == length else x, inputs)
-
-    cache = decoder.empty_cache(run.model, full.shape[0], 2, room, jnp.float32)
-    x, cache = advance(window(0, prefill), cache, jnp.asarray(0))
-    pieces = [x]
-    for t in range(prefill, length):
-        x, cache = advance(window(t, t + 1), cache, jnp.asarray(t))
-        pieces.append(x)
-    ours = jnp.concatenate(pieces, 2)
-    np.testing.assert_allclose(ours[:, real], full[:, real], rtol=1e-5, atol=1e-5)
-    assert (cache.k[:, :, :, length:] == 0).all() and (cache.k[:, :, :, length - 1] != 0).all()
 
 
 def test_llama3_rotary_scaling_by_hand() -> None:

@@ -132,7 +132,7 @@ def all_layers(setting, base, adapters, inputs) -> jax.Array:
     tables = decoder.rope_tables(inputs.position, setting.model)
 
     def one(x, layer):
-        x, _ = decoder.layer(x, *layer, tables, mask, setting.model)
+        x = decoder.layer(x, *layer, tables, mask, setting.model)
         return x, x
 
     x = decoder.embed(base, inputs.tokens, adapters, jnp.float32)

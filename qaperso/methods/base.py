@@ -49,8 +49,7 @@ def states(
     x = decoder.embed(base, inputs.tokens, adapters, jnp.dtype(config.dtype))
     mask = decoder.causal_mask(inputs.segment, inputs.attend)
     kept = dict(remat=config.remat, dropout=config.lora.dropout, key=key)
-    x, _ = decoder.run(base, x, inputs.position, mask, setting.model, adapters, **kept)
-    return x
+    return decoder.run(base, x, inputs.position, mask, setting.model, adapters, **kept)
 
 
 def token_losses(

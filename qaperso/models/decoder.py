@@ -44,14 +44,6 @@ class Adapters:
     rows: Any | None = None
 
 
-@flax.struct.dataclass
-class Cache:
-    """Keys and values of every layer and tower: [L, towers, B, C, KV, head_dim]."""
-
-    k: jax.Array
-    v: jax.Array
-
-
 def declare(config: DecoderConfig, dtype: Any = jnp.float32) -> Tree:
     """Declares the parameter tree: kernels are [in, out], layers are stacked on a leading axis."""
     n, d, f = config.layers, config.embed, config.mlp
@@ -120,25 +112,15 @@ def rope(x: Float[Array, "W B S H d"], tables: Float[Array, "2 B S half"]) -> Fl
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(x.dtype)
 
 
-def causal_mask(
-    segment: Int[Array, "B S"], attend: Bool[Array, "B C"], keys: Int[Array, "B C"] | None = None, start: Any = 0
-) -> Bool[Array, "B S C"]:
-    """Which keys each query may see: same segment, not later, allowed.
-
-    Args:
-      segment: of the queries, which stand at places start .. start + S - 1 of the row.
-      attend: keys that may be attended to at all.
-      keys: segments of the keys; the queries' own by default.
-      start: place of the first query.
-    """
-    keys = segment if keys is None else keys
-    place = start + jnp.arange(segment.shape[1])
-    earlier = jnp.arange(keys.shape[1])[None, :] <= place[:, None]
-    return (segment[:, :, None] == keys[:, None, :]) & attend[:, None, :] & earlier[None]
+def causal_mask(segment: Int[Array, "B S"], attend: Bool[Array, "B S"]) -> Bool[Array, "B S S"]:
+    """Which tokens each token may see: of the same segment, not later, and with `attend` set."""
+    place = jnp.arange(segment.shape[1])
+    earlier = place[None, :] <= place[:, None]
+    return (segment[:, :, None] == segment[:, None, :]) & attend[:, None, :] & earlier[None]
 
 
 def attention(
-    q: Float[Array, "W B S H d"], k: Float[Array, "W B C K d"], v: Float[Array, "W B C K d"], mask: Bool[Array, "B S C"]
+    q: Float[Array, "W B S H d"], k: Float[Array, "W B S K d"], v: Float[Array, "W B S K d"], mask: Bool[Array, "B S S"]
 ) -> Float[Array, "W B S O"]:
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245), softmax in float32.
 
@@ -162,14 +144,12 @@ def layer(
     weights: Tree,
     adapters: Adapters,
     tables: Float[Array, "2 B S half"],
-    mask: Bool[Array, "B S C"],
+    mask: Bool[Array, "B S S"],
     config: DecoderConfig,
     dropout: float = 0.0,
     key: jax.Array | None = None,
-    cache: Cache | None = None,
-    start: Any = 0,
-) -> tuple[Float[Array, "W B S D"], Cache | None]:
-    """One layer of one or two towers. `weights`, `adapters` and `cache` are one layer's slices."""
+) -> Float[Array, "W B S D"]:
+    """One layer of one or two towers. `weights` and `adapters` are one layer's slices."""
     towers, b, s, _ = x.shape
 
     def dense(h: Array, name: str) -> Array:
@@ -186,18 +166,14 @@ def layer(
 
     h = rms_norm(x, weights["attn_norm"], config.norm_eps)
     q, k, v = heads(h, "q", config.heads), heads(h, "k", config.kv_heads), heads(h, "v", config.kv_heads)
-    if cache is not None:
-        k = jax.lax.dynamic_update_slice_in_dim(cache.k, k.astype(cache.k.dtype), start, 2)
-        v = jax.lax.dynamic_update_slice_in_dim(cache.v, v.astype(cache.v.dtype), start, 2)
-        cache = Cache(k, v)
     x = x + dense(attention(q, k, v, mask), "o")
 
     h = rms_norm(x, weights["mlp_norm"], config.norm_eps)
     general = dense(jax.nn.silu(dense(h[0], "gate")) * dense(h[0], "up"), "down")
     if adapters.specific is None:
-        return x + general[None], cache
+        return x + general[None]
     own = {name: w.astype(x.dtype) for name, w in adapters.specific.items()}
-    return x + jnp.stack([general, swiglu(h[1], own["gate"], own["up"], own["down"])]), cache
+    return x + jnp.stack([general, swiglu(h[1], own["gate"], own["up"], own["down"])])
 
 
 def embed(params: Tree, tokens: Int[Array, "B S"], adapters: Adapters, dtype: Any) -> Float[Array, "W B S D"]:
@@ -212,16 +188,14 @@ def run(
     params: Tree,
     x: Float[Array, "W B S D"],
     position: Int[Array, "B S"],
-    mask: Bool[Array, "B S C"],
+    mask: Bool[Array, "B S S"],
     config: DecoderConfig,
     adapters: Adapters = Adapters(),
     *,
     remat: str = "full",
     dropout: float = 0.0,
     key: jax.Array | None = None,
-    cache: Cache | None = None,
-    start: Any = 0,
-) -> tuple[Float[Array, "W B S D"], Cache | None]:
+) -> Float[Array, "W B S D"]:
     """Runs all layers as one scan.
 
     Args:
@@ -234,11 +208,9 @@ def run(
       remat: "full" or "dots", what the backward pass recomputes.
       dropout: of LoRA inputs, used when a key is given.
       key: PRNG key.
-      cache: to decode with, C places; the queries are written to places `start` and following.
-      start: place of the first query in the cache.
 
     Returns:
-      Last layer's states of each tower before any final norm, and the cache after the queries.
+      Last layer's states of each tower before any final norm.
     """
     tables = rope_tables(position, config)
     keys = None if key is None or not dropout else jax.random.split(key, config.layers)
@@ -246,17 +218,10 @@ def run(
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT[remat])
     def body(x: Array, scanned: tuple) -> tuple:
-        weights, own, layer_key, layer_cache = scanned
-        x, layer_cache = layer(x, weights, own, tables, mask, config, dropout, layer_key, layer_cache, start)
-        return constrain_batch(x, 1), layer_cache
+        weights, own, layer_key = scanned
+        return constrain_batch(layer(x, weights, own, tables, mask, config, dropout, layer_key), 1), None
 
-    return jax.lax.scan(body, constrain_batch(x, 1), (params["layers"], stacked, keys, cache))
-
-
-def empty_cache(config: DecoderConfig, towers: int, batch: int, length: int, dtype: Any) -> Cache:
-    """A cache of `length` places."""
-    shape = (config.layers, towers, batch, length, config.kv_heads, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return jax.lax.scan(body, constrain_batch(x, 1), (params["layers"], stacked, keys))[0]
 
 
 def head(params: Tree) -> Float[Array, "D V"]:
@@ -279,5 +244,5 @@ def forward(
 ) -> Float[Array, "B S D"]:
     """The base model alone: states after the final norm."""
     x = embed(params, tokens, Adapters(), params["embed"].dtype)
-    x, _ = run(params, x, position, causal_mask(segment, attend), config)
+    x = run(params, x, position, causal_mask(segment, attend), config)
     return rms_norm(x[0], params["norm"], config.norm_eps)
