@@ -11,6 +11,7 @@ Computes what `decoder.run` computes without dropout and gradients (tests compar
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -109,6 +110,8 @@ def write(pair: Pair, new: Pair, place: Int[Array, " B"]) -> Pair:
     return put(pair[0], new[0]), put(pair[1], new[1])
 
 
+# A program of its own, so that it is traced once and not for every layer.
+@functools.partial(jax.jit, static_argnames=("config",))
 def layer(
     x: Float[Array, "W B S D"],
     weights: Tree,
