@@ -16,7 +16,7 @@ def get_config():
     c.data.clusters = 0
     c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 2, 512, 448, 16
     c.lora.rank, c.lora.alpha, c.lora.dropout = 16, 16.0, 0.0
-    c.qar.contrast, c.qar.memory = "prototypes", "means"
+    c.qar.contrast = "in_batch"
     c.qar.drop_row = 0.3
     c.qar.weight = 0.1
     c.optimizer.lr, c.optimizer.warmup = 1e-3, 10
