@@ -44,6 +44,7 @@ def config_of(method: str, dtype: str, remat: str, shape: Shape, split: int = 0)
     """configs/qar_smollm2.py with these values; `split` layers below the towers' parting where that can be set."""
     config = configs.load(ROOT / "configs" / "qar_smollm2.py")
     config.method, config.dtype, config.remat = method, dtype, remat
+    config.qar.contrast = "prototypes"  # of both kinds the one whose cost does not depend on who meets whom
     config.batch.rows, config.batch.length = shape.rows, shape.length
     config.batch.targets, config.batch.dialogues = shape.targets, shape.dialogues
     if split:

@@ -52,6 +52,7 @@ def setting(method: str = "qar", shape: DecoderConfig | None = None, **changes: 
                 head_dim=8,
                 weight=0.5,
                 temperature=0.5,
+                split_layer=0,
                 querier_embedding=True,
                 drop_row=0.15,
             ),

@@ -103,6 +103,7 @@ def setting(name: str, rank: int = 16, family: str = "qwen2") -> Setting:
         head_dim=kw["role_proj_dim"],
         weight=kw["lam"],
         temperature=kw["T"],
+        split_layer=0,
         querier_embedding=False,
         drop_row=0.0,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,20 +38,22 @@ def packed(s: int) -> jax.Array:
     return causal_mask(jnp.asarray(segment), jnp.asarray(segment > 0))
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("s", [8, BLOCK, BLOCK + 1, 3 * BLOCK - 40])
-def test_blocks_are_the_whole_with_its_gradients(s: int) -> None:
+def test_blocks_are_the_whole_with_its_gradients(s: int, causal: bool) -> None:
     q, k, v = inputs(s)
-    mask = packed(s)
+    mask = packed(s) if causal else packed(s) | packed(s).mT
     # Padding sees no key; what it gives differs, is finite, and nobody reads it.
     real = mask.any(-1)[None, :, :, None]
 
     def total(function, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(jnp.where(real, function(q, k, v, mask), 0)))
 
-    ours, expected = attention(q, k, v, mask), plain(q, k, v, mask)
+    blocks = functools.partial(attention, causal=causal)
+    ours, expected = blocks(q, k, v, mask), plain(q, k, v, mask)
     np.testing.assert_allclose(jnp.where(real, ours, 0), jnp.where(real, expected, 0), rtol=1e-5, atol=1e-5)
     assert jnp.isfinite(ours).all()
-    own, wanted = (jax.jit(jax.grad(lambda *a, f=f: total(f, *a), (0, 1, 2)))(q, k, v) for f in (attention, plain))
+    own, wanted = (jax.jit(jax.grad(lambda *a, f=f: total(f, *a), (0, 1, 2)))(q, k, v) for f in (blocks, plain))
     for gradient, right in zip(own, wanted, strict=True):
         np.testing.assert_allclose(gradient, right, rtol=1e-4, atol=2e-5)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -17,38 +19,45 @@ HEADS = ((0, 1, 2), (0, 1, 2))
 
 
 def attention(
-    q: Float[Array, "W B S H d"], k: Float[Array, "W B S K d"], v: Float[Array, "W B S K d"], mask: Bool[Array, "B S S"]
+    q: Float[Array, "W B S H d"],
+    k: Float[Array, "W B S K d"],
+    v: Float[Array, "W B S K d"],
+    mask: Bool[Array, "B S S"],
+    causal: bool = True,
 ) -> Float[Array, "W B S O"]:
     """Grouped-query attention (Ainslie et al., arXiv 2305.13245), softmax in float32.
 
-    The mask must be causal: keys behind the last query of a block are skipped. Weights are not kept for the backward pass (Dao et al., arXiv 2205.14135). A query that may see no key gets a mean
+    Weights are not kept for the backward pass (Dao et al., arXiv 2205.14135). A query that may see no key gets a mean
     of values: finite, and nobody reads it.
 
     Args:
       q: queries, after the rotary embedding.
       k: keys, after the rotary embedding; query head h reads head h // (H / K).
       v: values.
-      mask: which keys each query may see, see `decoder.causal_mask`.
+      mask: which keys each query may see.
+      causal: whether the mask shows nobody a later key; those behind a block's last query are skipped then.
     """
     towers, b, s, heads, dim = q.shape
     group = jnp.moveaxis(q.reshape(towers, b, s, k.shape[3], -1, dim), 2, 4)
-    out = _attend(group, jnp.moveaxis(k, 2, 3), jnp.moveaxis(v, 2, 3), mask)
+    out = _attend(group, jnp.moveaxis(k, 2, 3), jnp.moveaxis(v, 2, 3), mask, causal)
     return jnp.moveaxis(out, 4, 2).reshape(towers, b, s, heads * dim)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attend(
     q: Float[Array, "W B K G S d"],
-    k: Float[Array, "W B K C d"],
-    v: Float[Array, "W B K C d"],
-    mask: Bool[Array, "B S C"],
+    k: Float[Array, "W B K S d"],
+    v: Float[Array, "W B K S d"],
+    mask: Bool[Array, "B S S"],
+    causal: bool,
 ) -> Float[Array, "W B K G S d"]:
-    return _forward(q, k, v, mask)[0]
+    return _forward(q, k, v, mask, causal)[0]
 
 
-def _blocks(s: int) -> list[tuple[slice, slice]]:
+def _blocks(s: int, causal: bool) -> list[tuple[slice, slice]]:
     """Spans of queries, and of the keys that they may see."""
-    return [(slice(i, min(i + BLOCK, s)), slice(0, min(i + BLOCK, s))) for i in range(0, s, BLOCK)]
+    ends = [min(i + BLOCK, s) for i in range(0, s, BLOCK)]
+    return [(slice(i * BLOCK, end), slice(0, end if causal else s)) for i, end in enumerate(ends)]
 
 
 def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "W B K G S C"]:
@@ -56,9 +65,9 @@ def _scores(q: Array, k: Array, mask: Array) -> Float[Array, "W B K G S C"]:
     return jnp.where(mask[None, :, None, None], scores, LOW)
 
 
-def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
+def _forward(q: Array, k: Array, v: Array, mask: Array, causal: bool) -> tuple[Array, tuple]:
     outs, normalisers = [], []
-    for own, seen in _blocks(q.shape[4]):
+    for own, seen in _blocks(q.shape[4], causal):
         scores = _scores(q[..., own, :], k[..., seen, :], mask[:, own, seen])
         highest = jnp.max(scores, -1, keepdims=True)
         weights = jnp.exp(scores - highest)
@@ -70,14 +79,14 @@ def _forward(q: Array, k: Array, v: Array, mask: Array) -> tuple[Array, tuple]:
     return out, (q, k, v, mask, out, normaliser)
 
 
-def _backward(saved: tuple, d: Array) -> tuple[Array, Array, Array, None]:
+def _backward(causal: bool, saved: tuple, d: Array) -> tuple[Array, Array, Array, None]:
     q, k, v, mask, out, normaliser = saved
     scale = q.shape[-1] ** -0.5
     delta = jnp.sum(d.astype(jnp.float32) * out.astype(jnp.float32), -1, keepdims=True)
     dqs = []
     dk = jnp.zeros(k.shape, jnp.float32)
     dv = jnp.zeros(v.shape, jnp.float32)
-    for own, seen in _blocks(q.shape[4]):
+    for own, seen in _blocks(q.shape[4], causal):
         mine, keys, values, ds = q[..., own, :], k[..., seen, :], v[..., seen, :], d[..., own, :]
         weights = jnp.exp(_scores(mine, keys, mask[:, own, seen]) - normaliser[..., own, :])
         slope = dot(ds, values, ((5,), (4,)), HEADS)

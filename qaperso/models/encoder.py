@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 
 from qaperso.arrays import BATCH_AXES, ArraySpec, fan_in, flat, is_spec
 from qaperso.errors import UserError
+from qaperso.models.attention import attention
 from qaperso.models.base import locate
-from qaperso.models.decoder import attention
 
 Tree = Any
 
@@ -176,7 +176,7 @@ def layer(
         return layer_norm(h, weights[name], weights[f"{name}_bias"], config.norm_eps)
 
     q, k, v = (dense(x, name).reshape(1, b, s, config.heads, d // config.heads) for name in "qkv")
-    x = norm(x + dense(attention(q, k, v, mask)[0], "o"), "attn_norm")
+    x = norm(x + dense(attention(q, k, v, mask, causal=False)[0], "o"), "attn_norm")
     # The exact GELU: the tanh form differs by up to 5e-4 a layer.
     return norm(x + dense(jax.nn.gelu(dense(x, "up"), approximate=False), "down"), "mlp_norm")
 
