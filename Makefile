@@ -1,6 +1,6 @@
 # make demo   the main job on the embedded town, start to finish, a few minutes on two cores
 # make test   every fast test;  make prove  the slow tier, which writes docs/evidence
-# make bench  every benchmark, half an hour on two cores: benchmarks/results.json and a table
+# make bench  every benchmark, tens of minutes on two cores: benchmarks/results.json and a table
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -10,7 +10,7 @@ SCENES ?=
 # prepared data sets, for make bench
 DATA ?=
 
-# Huge pages for large arrays (glibc on Linux): a tenth and more of a training step on CPUs. Other systems ignore it.
+# Huge pages for large arrays (glibc on Linux): faster training steps on CPUs. Other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test prove bench lint smollm2 extras clean

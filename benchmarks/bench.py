@@ -26,11 +26,8 @@ WITH_DATA = ("layout", "pipeline")
 
 
 def run(name: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """What one benchmark measured, or {"failed": exit code}, or {"skipped": why}."""
+    """What one benchmark measured, or {"failed": exit code}."""
     script, result = HERE / f"{name}.py", folder / f"{name}.json"
-    if not script.is_file():
-        print(f"{name}: there is no {script.name}, left out")
-        return {"skipped": f"no {script.name}"}
     words = [sys.executable, str(script), "--json", str(result), *(["--quick"] if options.quick else [])]
     if name in WITH_DATA and options.data:
         words += ["--data", *map(str, options.data)]

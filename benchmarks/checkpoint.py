@@ -23,7 +23,7 @@ from typing import Any
 import common
 import jax
 import ours
-from train import config_of, remats
+from train import KEPT, config_of
 
 from qaperso.checkpoint import Writer
 from qaperso.data.plan import Shape
@@ -47,7 +47,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     steps = 2 if options.quick else STEPS
     model = ours.TINY if options.quick else MODEL
     shape = Shape(1, 16, 16, 1) if options.quick else Shape(4, 128, 128, 1)
-    config = config_of("sft", "float32", remats()[0], shape)
+    config = config_of("sft", "float32", KEPT, shape)
     config.trainable = "all"
     batch = ours.full_batch(shape, model.vocab, "none")
     program = ours.Program(ours.setting_of(config, model), batch)

@@ -9,25 +9,25 @@ those of a call for one new token (reading the prompts) and of what a call for a
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import jax
 import numpy as np
+from common import Ratio, compare
+from ours import SMOLLM2, TINY
 
 from qaperso import arrays, batching, config, generate, methods
 from qaperso.batching import Batcher, Model
 from qaperso.data.store import Registry
 from qaperso.data.text import Encoded, Template
 from qaperso.generate import Sampling
-from qaperso.mesh import make_mesh
+from qaperso.mesh import make_mesh, start_runtime
 from qaperso.models import decoder, hf
 from qaperso.models.config import DecoderConfig
 from qaperso.run import Run
@@ -35,19 +35,6 @@ from qaperso.run import Run
 Tree = Any
 # Seconds to read the prompts, and to draw every token of the replies after the first.
 Times = tuple[float, float]
-SMOLLM2 = DecoderConfig(
-    vocab=49152,
-    embed=576,
-    layers=30,
-    heads=9,
-    kv_heads=3,
-    head_dim=64,
-    mlp=1536,
-    tied=True,
-    rope_theta=100000.0,
-    norm_eps=1e-5,
-)
-TINY = dataclasses.replace(SMOLLM2, vocab=64, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48)
 # How many times as many tokens a second as `transformers` a batch is to draw.
 TARGETS = {1: 1.2}
 TARGET = 2.0
@@ -123,81 +110,45 @@ def take_turns(runs: dict[str, Callable[[], Times]], rounds: int) -> dict[str, l
     return found
 
 
-def measure(
-    batches: Sequence[int] = (1, 8, 32),
-    prompt: int = 64,
-    new: int = 64,
-    rounds: int = 5,
-    shape: DecoderConfig = SMOLLM2,
-) -> dict[str, Any]:
-    """All figures.
-
-    Args:
-      batches: numbers of prompts that are answered at a time.
-      prompt, new: tokens of each prompt and reply.
-      rounds: timed runs of each.
-      shape: of the base.
-
-    Returns:
-      {"ratios": [{name, value, spread, target, sense}], "figures": {name: {"read" and "draw": tokens a second, median,
-      "read_spread", "draw_spread": [least, most]}}}. A ratio is of drawing; its spread is over rounds.
-    """
+def measure(options: argparse.Namespace) -> tuple[list[Ratio], dict[str, Any]]:
+    """A ratio of drawing for each size of batch, and figures: tokens a second, median, least and most."""
+    shape, prompt, new = (TINY, 8, 4) if options.quick else (SMOLLM2, options.prompt, options.new)
     base = arrays.initialise(decoder.declare(shape), jax.random.key(0))
     models = {name: make_model(name, shape, base) for name in ("sft", "qar")}
-    peers = load_peers(shape, base)
+    figures: dict[str, Any] = {}
+    lacking = common.missing("torch")
+    if lacking:
+        print(f"generation: peer {lacking}")
+    peers = {} if lacking else load_peers(shape, base)
     del base
-    ratios: list[dict[str, Any]] = []
-    figures: dict[str, dict[str, Any]] = {}
-    for count in batches:
+    ratios: list[Ratio] = []
+    for count in (1, 2) if options.quick else options.batch:
         prompts = np.random.default_rng(count).integers(0, shape.vocab, (count, prompt), np.int32)
         runs = {name: (lambda m=model, p=prompts: time_ours(m, p, new)) for name, model in models.items()}
         runs |= {name: (lambda m=model, p=prompts: time_peer(m, p, new)) for name, model in peers.items()}
         rates = {}
-        for name, times in take_turns(runs, rounds).items():
-            read, draw = ([count * n / t[i] for t in times] for i, n in ((0, prompt), (1, new - 1)))
-            rates[name] = draw
-            figures[f"{name}, batch {count}"] = {
-                "read": statistics.median(read),
-                "read_spread": [min(read), max(read)],
-                "draw": statistics.median(draw),
-                "draw_spread": [min(draw), max(draw)],
-            }
-        best = max(peers, key=lambda name: statistics.median(rates[name]))
-        each = [a / b for a, b in zip(rates["sft"], rates[best], strict=True)]
-        ratios.append(
-            {
-                "name": f"tokens drawn a second, sft / transformers ({best}), batch {count}",
-                "value": statistics.median(each),
-                "spread": [min(each), max(each)],
-                "target": TARGETS.get(count, TARGET),
-                "sense": ">=",
-            }
-        )
-    return {"ratios": ratios, "figures": figures}
+        for name, times in take_turns(runs, options.rounds).items():
+            read, rates[name] = ([count * n / t[i] for t in times] for i, n in ((0, prompt), (1, new - 1)))
+            for kind, found in (("read", read), ("drawn", rates[name])):
+                figures.setdefault(f"{name}, batch {count}", {})[f"{kind}, tokens/s"] = statistics.median(found)
+                figures[f"{name}, batch {count}"] |= {f"{kind} from": min(found), f"{kind} to": max(found)}
+        if peers:
+            best = max(peers, key=lambda name: statistics.median(rates[name]))
+            name = f"tokens drawn a second, sft / transformers ({best}), batch {count}"
+            ratios.append(compare(name, rates["sft"], rates[best], TARGETS.get(count, TARGET), ">="))
+    return ratios, figures
 
 
-def main(arguments: Sequence[str]) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+def main() -> None:
+    parser = common.parser(__doc__, rounds=5)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt", type=int, default=64)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes and one round: whether it runs, not how fast")
-    known = parser.parse_args(arguments)
-    quick = ((1, 2), 8, 4, 1, TINY)
-    found = measure(*quick) if known.quick else measure(known.batch, known.prompt, known.new, known.rounds)
-    print(f"tokens a second, median of {known.rounds} [least, most]; prompts of {known.prompt}, replies of {known.new}")
-    print(f"{'':20}{'read':>24}{'drawn':>24}")
-    for name, f in found["figures"].items():
-        cells = (f"{f[k]:.0f} [{f[f'{k}_spread'][0]:.0f}, {f[f'{k}_spread'][1]:.0f}]" for k in ("read", "draw"))
-        print(f"{name:20}" + "".join(f"{cell:>24}" for cell in cells))
-    for r in found["ratios"]:
-        print(f"{r['name']}: {r['value']:.2f} [{r['spread'][0]:.2f}, {r['spread'][1]:.2f}], target {r['target']}")
-    if known.json:
-        known.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens of each reply")
+    options = parser.parse_args()
+    common.begin(options)
+    start_runtime()
+    common.report(options, "generation", *measure(options))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

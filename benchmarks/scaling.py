@@ -19,7 +19,7 @@ from typing import Any
 import common
 import ours
 from common import Ratio, Worker, compare
-from train import config_of, remats
+from train import KEPT, config_of
 
 from qaperso.data.plan import Shape
 
@@ -36,7 +36,7 @@ def start(layers: int, rows: int, length: int, quick: bool) -> Worker:
     """A program of this size."""
     model = dataclasses.replace(ours.TINY if quick else NARROW, layers=layers)
     shape = Shape(rows, length, length, 1)
-    config = config_of("sft" if quick else "qar", "float32", remats()[0], shape)
+    config = config_of("sft" if quick else "qar", "float32", KEPT, shape)
     batch = ours.full_batch(shape, model.vocab, config.qar.contrast)
     return ours.worker(ours.setting_of(config, model), [batch], 1)
 

@@ -8,8 +8,8 @@ tower and its contrast besides. Values are random: speed does not depend on them
 and works alone; all are alive and take turns, a step each, after two steps of warm-up, held to the same cores. Compile
 caches are off.
 
-- ours: the step that qaperso.train runs, config as in configs/qar_smollm2.py. Of --devices (one device with all threads,
-  or several with a share each and a share of the rows) and of the remat settings that recompute no matmul the fastest.
+- ours: the step that qaperso.train runs, config as in configs/qar_smollm2.py. Of --devices (one device with all
+  threads, or several with a share each and a share of the rows) the fastest.
 - peer: the faster of eager and sdpa attention; in bfloat16 also of float32 and bfloat16 adapters. It does not clip
   gradients, which ours does.
 - MFU: FLOPs by qaperso.step.step_flops, over the fastest square matmul that anybody here did in the same run and dtype:
@@ -41,28 +41,25 @@ DTYPES = ("float32", "bfloat16")
 
 
 def config_of(method: str, dtype: str, remat: str, shape: Shape, split: int = 0) -> Any:
-    """configs/qar_smollm2.py with these values; `split` layers below the towers' parting where that can be set."""
+    """configs/qar_smollm2.py with these values; `split` layers below the towers' parting."""
     config = configs.load(ROOT / "configs" / "qar_smollm2.py")
     config.method, config.dtype, config.remat = method, dtype, remat
     config.qar.contrast = "prototypes"  # of both kinds the one whose cost does not depend on who meets whom
     config.batch.rows, config.batch.length = shape.rows, shape.length
     config.batch.targets, config.batch.dialogues = shape.targets, shape.dialogues
-    if split:
-        config.qar.split_layer = split
+    config.qar.split_layer = split
     return config
 
 
-def remats() -> list[str]:
-    """Settings that recompute no matmul."""
-    return [name for name in ("none", "dots") if name in configs.CHOICES["remat"]]
+# The remat setting that recomputes no matmul.
+KEPT = "dots"
 
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """Settings of ours: devices, remat of the speed runs, and the layers below the towers' parting (0 = none)."""
+    """Settings of ours: devices, and the layers below the towers' parting."""
 
     devices: int
-    remat: str
     split: int
 
 
@@ -83,7 +80,7 @@ class Bench:
         self.tokens = rows * length
         self.lora_rank: int = config_of("sft", "float32", "full", self.shape).lora.rank
 
-    def ours(self, method: str, dtype: str, devices: int, remat: str, split: int = 0) -> Worker:
+    def ours(self, method: str, dtype: str, devices: int, split: int = 0, remat: str = KEPT) -> Worker:
         config = config_of(method, dtype, remat, self.shape, split)
         return ours.worker(ours.setting_of(config, self.model), [self.batches[method]], devices)
 
@@ -151,26 +148,20 @@ def open_all(bench: Bench, figures: dict[str, Any]) -> tuple[Choices, dict[str, 
     """Starts every program with the settings that are fastest for it; puts into `figures` which and why."""
     options, workers = bench.options, {}
     wanted = options.devices[:1] if options.quick else options.devices
-    kinds = remats()[:1] if options.quick else remats()
-    candidates = {
-        f"{d} devices, remat {r}": (lambda d=d, r=r: bench.ours("sft", "float32", d, r)) for d in wanted for r in kinds
-    }
-    named = {f"{d} devices, remat {r}": (d, r) for d in wanted for r in kinds}
+    candidates = {str(d): (lambda d=d: bench.ours("sft", "float32", d)) for d in wanted}
     chosen, workers["sft float32"], trials = common.fastest(candidates, trial)
-    devices, remat = named[chosen]
-    figures["ours"] = {"settings": chosen} | {f"trial seconds, {k}": v for k, v in trials.items()}
-    workers["qar float32"] = bench.ours("qar", "float32", devices, remat)
-    split = bench.model.layers // 2 if "split_layer" in configs.default().qar else 0
-    if split:
-        workers["qar split float32"] = bench.ours("qar", "float32", devices, remat, split)
+    choices = Choices(int(chosen), bench.model.layers // 2)
+    figures["ours"] = {"devices": chosen} | {f"trial seconds, {k} devices": v for k, v in trials.items()}
+    workers["qar float32"] = bench.ours("qar", "float32", choices.devices)
+    workers["qar split float32"] = bench.ours("qar", "float32", choices.devices, split=choices.split)
     if not options.quick:
         for method in ("sft", "qar"):
-            workers[f"{method} bfloat16"] = bench.ours(method, "bfloat16", devices, remat)
+            workers[f"{method} bfloat16"] = bench.ours(method, "bfloat16", choices.devices)
     left_out = common.missing("torch", "peft")
     if left_out:
         print(f"train: peer {left_out}")
         figures["peer"] = left_out
-        return Choices(devices, remat, split), workers
+        return choices, workers
     figures["peer"] = {}
     for dtype in DTYPES[:1] if options.quick else DTYPES:
         attentions = options.attention[:1] if options.quick else options.attention
@@ -180,7 +171,7 @@ def open_all(bench: Bench, figures: dict[str, Any]) -> tuple[Choices, dict[str, 
         }
         chosen, workers[f"peer {dtype}"], trials = common.fastest(makers, trial)
         figures["peer"][dtype] = {"settings": chosen} | {f"trial seconds, {k}": v for k, v in trials.items()}
-    return Choices(devices, remat, split), workers
+    return choices, workers
 
 
 def peak_of(workers: Mapping[str, Worker], dtype: str, quick: bool) -> float:
@@ -228,11 +219,8 @@ def speed_ratios(
             if name == "sft float32" and label == "mfu":
                 ratios.append(found)
     ratios.append(compare("qar / sft, step time, float32", seconds["qar float32"], seconds["sft float32"], 1.35, "<="))
-    if choices.split:
-        name = f"qar with split_layer {choices.split} / sft, step time, float32"
-        ratios.append(compare(name, seconds["qar split float32"], seconds["sft float32"], 1.15, "<="))
-    else:
-        print("train: config.qar has no split_layer: its ratio is left out")
+    name = f"qar with split_layer {choices.split} / sft, step time, float32"
+    ratios.append(compare(name, seconds["qar split float32"], seconds["sft float32"], 1.15, "<="))
     return ratios
 
 
@@ -241,9 +229,9 @@ def memory_ratios(
 ) -> list[Ratio]:
     """What XLA plans for a QAR step in float32 on one device, and the peak of a process that does nothing else."""
     ratios = []
-    for remat, target in ((choices.remat, 4.0), ("full", 1.5))[: 1 if bench.options.quick else 2]:
-        same = (choices.devices, choices.remat) == (1, remat)
-        worker = workers["qar float32"] if same else bench.ours("qar", "float32", 1, remat)
+    for remat, target in ((KEPT, 4.0), ("full", 1.5))[: 1 if bench.options.quick else 2]:
+        same = (choices.devices, KEPT) == (1, remat)
+        worker = workers["qar float32"] if same else bench.ours("qar", "float32", 1, remat=remat)
         facts, seconds = worker.facts, trial(worker)
         if not same:
             worker.close()

@@ -17,8 +17,6 @@ from qaperso.data.contrast import anchors
 from qaperso.models.linear import bits, product, unbits
 
 Tree = Any
-
-
 # Predictions of a row whose logits exist at a time.
 CHUNK = 128
 
@@ -55,7 +53,7 @@ def _join(x: Array, t: int) -> Array:
 def _exponentials(hidden: Array, table: Array, target: Array) -> tuple[Array, Array, Array]:
     """Of a chunk: exp(logits - highest) [B, c, V], their sums [B, c, 1], and losses [B, c]."""
     logits = product(hidden, table, ((2,), (1,)))
-    highest = jax.lax.stop_gradient(jnp.max(logits, -1, keepdims=True))
+    highest = jnp.max(logits, -1, keepdims=True)
     own = jnp.take_along_axis(logits, target[..., None], -1)
     # The barrier has them computed once, not in each of their uses.
     raised = jax.lax.optimization_barrier(jnp.exp(logits - highest))

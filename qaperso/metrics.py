@@ -78,10 +78,13 @@ class Meter:
 
 
 def measure_peak(dtype: str, size: int = 2048) -> float:
-    """FLOP/s of all local devices together in a square matmul with float32 sums, the best of a few; what MFU is a share of."""
+    """FLOP/s of all local devices in a square matmul with float32 sums, the best of a few; MFU is a share of it."""
     count = jax.local_device_count()
     x = jnp.ones((count, size, size), dtype)
-    square = lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32)  # noqa: E731
+
+    def square(a: jax.Array) -> jax.Array:
+        return jnp.matmul(a, a, preferred_element_type=jnp.float32)
+
     multiply = jax.pmap(square) if count > 1 else jax.jit(square)
     multiply(x).block_until_ready()
     best = float("inf")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qaperso.models.linear import bits, matmul, product, unbits, working
+from qaperso.models.linear import bits, matmul, narrower, product, unbits, working
 
 
 def normal(seed: int, *shape: int, dtype: type = jnp.float32) -> jax.Array:
@@ -60,3 +60,12 @@ def test_activations_on_cpus_are_float32() -> None:
     expected = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     assert working("bfloat16") == expected and working(jnp.bfloat16) == expected
     assert working("float32") == jnp.float32
+
+
+def test_the_narrower_dtype_wins() -> None:
+    wide, half = jnp.zeros(1), jnp.zeros(1, jnp.bfloat16)
+    assert [narrower(a, b) for a, b in ((wide, half), (half, wide), (wide, wide))] == [
+        "bfloat16",
+        "bfloat16",
+        "float32",
+    ]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from qaperso import arrays
-from qaperso.methods import Setting, qar, sft
+from qaperso.errors import UserError
+from qaperso.methods import Setting, load, qar, sft
 from qaperso.methods import base as method
 from qaperso.models import decoder, towers
 from qaperso.types import RESPONDER, STRANGER, Inputs
@@ -180,3 +181,8 @@ def test_declared_shapes() -> None:
     specific = {"gate": (2, 16, 3), "up": (2, 16, 3), "down": (2, 3, 16)}
     assert shapes == {"specific": specific, "norm_s": (16,), "alpha": (16,), "rows": (5, 16)}
     assert set(towers.declare(config, layers=2, rank=3, queriers=0, gated=False)) == {"specific", "norm_s"}
+
+
+def test_some_layer_must_have_two_towers() -> None:
+    with pytest.raises(UserError, match=r"config\.qar\.split_layer=2 leaves no layer .* at most 1"):
+        helpers.build(helpers.setting("qar", qar__split_layer=2), load("qar"))

@@ -20,7 +20,7 @@ from qaperso.arrays import ArraySpec, constrain_batch, fan_in
 from qaperso.models import lora
 from qaperso.models.attention import attention
 from qaperso.models.config import DecoderConfig
-from qaperso.models.linear import bits, matmul, product, unbits, working
+from qaperso.models.linear import bits, matmul, narrower, product, unbits, working
 
 Tree = Any
 
@@ -160,7 +160,7 @@ def layer(
 
     h = rms_norm(x, weights["attn_norm"], config.norm_eps)
     q, k, v = (heads(y, name) for y, name in zip(dense(h, "q", "k", "v"), "qkv", strict=True))
-    q, k, v = (y.astype(weights["o"].dtype) for y in (q, k, v))
+    q, k, v = (y.astype(narrower(y, weights["o"])) for y in (q, k, v))
     x = x + dense(attention(q, k, v, mask).astype(x.dtype), "o")[0]
 
     h = rms_norm(x, weights["mlp_norm"], config.norm_eps)

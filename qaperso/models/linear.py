@@ -39,9 +39,14 @@ def unbits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
+def narrower(a: Array, b: Array) -> Any:
+    """The dtype of the two that has fewer bits."""
+    return min(a.dtype, b.dtype, key=lambda t: t.itemsize)
+
+
 def product(a: Array, b: Array, contract: tuple, dtype: Any = None) -> Array:
     """`dot` in the narrower dtype of the two."""
-    narrow = min(a.dtype, b.dtype, key=lambda t: t.itemsize)
+    narrow = narrower(a, b)
     return dot(a.astype(narrow), b.astype(narrow), contract, dtype=dtype)
 
 

@@ -58,8 +58,8 @@ def project(
 ) -> dict[str, Float[Array, "... O"]]:
     """x @ kernel + dropout(x) @ a @ b for several kernels of one input. No key, no dropout.
 
-    All a are one matmul and drop the same inputs. The rate is rounded to 1/256: one random byte an element costs a quarter of the four
-    that a float takes.
+    All a are one matmul and drop the same inputs. The rate is rounded to 1/256: one random byte an element costs a
+    quarter of the four that a float takes.
 
     Args:
       tree: one layer's adapters, see `declare`; None = none.
