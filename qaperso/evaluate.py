@@ -19,7 +19,7 @@ from qaperso.data import load, synthetic
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
-from qaperso.eval import awareness, report, scores
+from qaperso.eval import awareness, intervals, report, scores
 from qaperso.generate import Sampling
 from qaperso.mesh import start_runtime
 from qaperso.run import Run, open_run, read_record, restore
@@ -53,7 +53,7 @@ def evaluate(run: Run, trainable: Tree, store: Store, split: str, replies: int |
     written = reply.replies(model, dialogues, store.row[indices].tolist(), samplings)
     groups = [d.group for d in dialogues]
     for name, values in scores.rouge([d.reply for d in dialogues], written).items():
-        metrics[name] = scores.bootstrap(values, np.ones(len(values)), groups)
+        metrics[name] = intervals.bootstrap(values, np.ones(len(values)), groups)
     if run.config.data.format == "synthetic":
         metrics |= town_scores(run, dialogues, written)
     return metrics
@@ -67,7 +67,7 @@ def town_scores(run: Run, dialogues: Sequence[Any], written: Sequence[str]) -> d
     def mean(part: str, keep: Sequence[bool]) -> dict[str, float]:
         values = [f[part] for f, k in zip(found, keep, strict=True) if k and part in f]
         groups = [d.group for d, f, k in zip(dialogues, found, keep, strict=True) if k and part in f]
-        return scores.bootstrap(np.array(values), np.ones(len(values)), groups)
+        return intervals.bootstrap(np.array(values), np.ones(len(values)), groups)
 
     everything = [True] * len(found)
     result = {part: mean(part, everything) for part in ("exact", "address", "register", "fact")}

@@ -1,12 +1,10 @@
-"""Scores: overlap by hand, intervals by a second computation, likelihoods by plain logits."""
+"""Scores: overlap by hand, likelihoods by plain logits."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-import hypothesis
-import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,55 +33,6 @@ def test_rouge_by_hand() -> None:
     np.testing.assert_allclose(found["rouge_1"], [2 / 3, 0])
     with pytest.raises(ValueError):
         scores.rouge(["a"], [])
-
-
-@hypothesis.settings(deadline=None, max_examples=40)
-@hypothesis.given(
-    items=st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9), st.sampled_from("abcde")), min_size=1, max_size=12),
-    seed=st.integers(0, 2**31),
-)
-def test_bootstrap_is_its_definition(items: list[tuple[float, int, str]], seed: int) -> None:
-    sums, counts, groups = (np.array(column) for column in zip(*items, strict=True))
-    found = scores.bootstrap(sums, counts, groups.tolist(), seed, draws=50)
-    assert found["n"] == len(items)
-    assert found["value"] == pytest.approx(sums.sum() / counts.sum())
-    names = sorted(set(groups))
-    if len(names) == 1:
-        assert np.isnan(found["low"]) and np.isnan(found["high"])
-        return
-    means = []
-    for pick in np.random.default_rng(seed).integers(len(names), size=(50, len(names))):
-        members = np.concatenate([np.flatnonzero(groups == names[g]) for g in pick])
-        means.append(sums[members].sum() / counts[members].sum())
-    assert [found["low"], found["high"]] == pytest.approx(np.quantile(means, [0.025, 0.975]).tolist())
-
-
-def test_the_interval_holds_the_mean_and_narrows() -> None:
-    rng = np.random.default_rng(0)
-    widths = []
-    for n in (30, 300, 3000):
-        found = scores.bootstrap(rng.normal(2, 1, n), np.ones(n), [str(i) for i in range(n)])
-        assert found["low"] < found["value"] < found["high"]
-        widths.append(found["high"] - found["low"])
-        # Twice 1.96 standard errors of a mean of n normal draws.
-        assert widths[-1] == pytest.approx(3.92 / np.sqrt(n), rel=0.3)
-    assert widths == sorted(widths, reverse=True)
-
-
-def test_groups_are_resampled_and_not_items() -> None:
-    # Of two groups a quarter of all resamples hold only the one, a quarter only the other.
-    values = np.repeat([0.0, 1.0], 50)
-    found = scores.bootstrap(values, np.ones(100), ["scene 1"] * 50 + ["scene 2"] * 50)
-    assert (found["low"], found["value"], found["high"]) == (0.0, 0.5, 1.0)
-    alone = scores.bootstrap(values, np.ones(100), [str(i) for i in range(100)])
-    assert 0.35 < alone["low"] < 0.5 < alone["high"] < 0.65
-
-
-def test_nothing_counted_has_no_mean(recwarn: pytest.WarningsRecorder) -> None:
-    for n in (0, 2):
-        found = scores.bootstrap(np.zeros(n), np.zeros(n), ["a"] * n)
-        assert found["n"] == n and all(np.isnan(found[k]) for k in ("value", "low", "high"))
-    assert not recwarn.list
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import numpy as np
 
 from qaperso.data.store import Store
 from qaperso.errors import UserError
-from qaperso.eval.scores import bootstrap, reply_nll
+from qaperso.eval.intervals import bootstrap
+from qaperso.eval.scores import reply_nll
 from qaperso.run import Run
 from qaperso.types import Dialogue, Turn
 

@@ -52,30 +52,3 @@ def rouge(references: Sequence[str], replies: Sequence[str]) -> dict[str, np.nda
     found = [scorer.score(a, b) for a, b in zip(references, replies, strict=True)]
     names = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
     return {ours: np.array([f[theirs].fmeasure for f in found]) for theirs, ours in names.items()}
-
-
-def bootstrap(
-    sums: np.ndarray, counts: np.ndarray, groups: Sequence[str], seed: int = 0, draws: int = 2000
-) -> dict[str, float]:
-    """Mean sum(sums) / sum(counts) with a 95% percentile interval from resampling whole groups (Efron, 1979).
-
-    Args:
-      sums, counts: numerators and denominators, float[n].
-      groups: what is resampled together, n names.
-      seed: of the resampling.
-      draws: number of resamples.
-
-    Returns:
-      {"value", "low", "high", "n"}; n counts items. With a single group there is no interval: low and high are NaN,
-      and so is the value where nothing was counted.
-    """
-    names, member = np.unique(np.asarray(groups, str), return_inverse=True)
-    total = np.bincount(member, sums, len(names))
-    number = np.bincount(member, counts, len(names))
-    low = high = float("nan")
-    if len(names) > 1:
-        picks = np.random.default_rng(seed).integers(len(names), size=(draws, len(names)))
-        means = total[picks].sum(1) / np.maximum(number[picks].sum(1), 1e-12)
-        low, high = map(float, np.quantile(means, [0.025, 0.975]))
-    value = float(total.sum() / number.sum()) if number.sum() else float("nan")
-    return {"value": value, "low": low, "high": high, "n": len(sums)}
