@@ -145,8 +145,7 @@ class Log:
         self._run, self._schedule, self._rebuild = run, schedule, rebuild
         self._main = jax.process_index() == 0
         peak = config.peak_flops or metrics.measure_peak(config.dtype)
-        flops = step.step_flops(trainable, run.base, 1)
-        self._meter = metrics.Meter(flops, peak, config.steps)
+        self._meter = metrics.Meter(step.step_flops(trainable, run.base), peak, config.steps)
         self._progress = metrics.Progress(start, config.steps)
         self._writer = metrics.MetricsWriter(run.workdir, start) if self._main else None
 
@@ -154,7 +153,7 @@ class Log:
         """Reports the step before; returns what is to be reported next time."""
         if pending is not None:
             number, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
-            self._meter.count(values["tokens"])
+            self._meter.count(values["tokens"], values["predicted"])
             if not values["finite"]:
                 self._bad(number, values)
             config = self._run.config
