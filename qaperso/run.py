@@ -81,8 +81,9 @@ class Run:
     def examples(self, store: Store, split: str, limit: int | None = None) -> tuple[list[Example], int]:
         """Tokenised dialogues of a split (the first `limit`), and how many replies were left out as too long."""
         # Every split but training predicts replies only: scores compare runs whatever they learned from.
-        encode = functools.partial(self.encode, labels=self.config.data.labels if split == "train" else "reply")
-        return load.encode_split(store, store.split(split)[:limit], encode, self.shape)
+        labels = self.config.data.labels if split == "train" else "reply"
+        encode = functools.partial(self.encode, labels=labels)
+        return load.encode_split(store, store.split(split)[:limit], encode, self.shape, labels)
 
     def encode(self, dialogue: Dialogue, labels: str = "reply") -> list[Encoded]:
         """Tokens of a dialogue with the prompt that the method makes of it, as sequences that fit a row each."""
