@@ -23,9 +23,13 @@ import numpy as np
 
 from qaperso import checkpoint
 from qaperso.errors import UserError, command, nearest
-from qaperso.eval import intervals, items, report
+from qaperso.eval import compare as comparing
+from qaperso.eval import intervals, report
+from qaperso.eval.compare import Items
 
 STOPPED = 143
+# What evaluation of the test split leaves last.
+ITEMS = "items.npz"
 Metric = dict[str, float]
 
 
@@ -63,7 +67,7 @@ class Cell:
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
-        return (self.workdir / items.FILE).exists() if self.method else (self.workdir / "done").exists()
+        return (self.workdir / (ITEMS if self.method else "done")).exists()
 
 
 def load_suite(path: Path) -> Suite:
@@ -146,7 +150,7 @@ def _command(words: Sequence[str], deadline: float) -> bool:
     return True
 
 
-def compare(suite: Suite, found: Mapping[tuple[str, int], items.Items]) -> dict[str, dict[str, dict[str, Metric]]]:
+def compare(suite: Suite, found: Mapping[tuple[str, int], Items]) -> dict[str, dict[str, dict[str, Metric]]]:
     """Every method's metrics, and their differences to the baseline's on the same seeds and dialogues.
 
     Args:
@@ -163,15 +167,14 @@ def compare(suite: Suite, found: Mapping[tuple[str, int], items.Items]) -> dict[
         base = {seed: found[suite.against, seed] for seed in mine if (suite.against, seed) in found}
         parts: dict[str, dict[str, Metric]] = {"value": {}, "difference": {}}
         for metric in suite.metrics:
-            held = {seed: x for seed, x in mine.items() if metric in x.sums}
-            if held:
-                parts["value"][metric] = _over_seeds(
-                    [(s, x.groups, x.sums[metric], x.counts[metric]) for s, x in held.items()]
-                )
-            pairs = [
-                (s, *items.difference(held[s], base[s], metric)) for s in held if s in base and metric in base[s].sums
-            ]
-            if pairs and method != suite.against:
+            own = [(seed, x.groups, *x.scores[metric]) for seed, x in mine.items() if metric in x.scores]
+            if own:
+                parts["value"][metric] = _over_seeds(own)
+            if method == suite.against:
+                continue
+            gaps = {seed: comparing.difference(mine[seed], base[seed], metric) for seed in base}
+            pairs = [(seed, mine[seed].groups, *gap) for seed, gap in gaps.items() if gap is not None]
+            if pairs:
                 parts["difference"][metric] = _over_seeds(pairs)
         result[method] = parts
     return result
@@ -219,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if time.monotonic() >= deadline or not run_cell(cell, suite.evaluate, deadline):
                 break
     measured = [c for c in every if c.method]
-    done = {(c.method, c.seed): items.load(c.workdir) for c in measured if c.done}
+    done = {(c.method, c.seed): comparing.load(c.workdir / ITEMS) for c in measured if c.done}
     if not done:
         raise UserError(
             f"no cell of {known.suite} is done in {known.output}; run without --table, or with more --minutes"

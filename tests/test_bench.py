@@ -13,8 +13,8 @@ import pytest
 from qaperso import bench
 from qaperso.bench import Cell, Suite
 from qaperso.errors import UserError
-from qaperso.eval import items
-from qaperso.eval.items import Items
+from qaperso.eval import compare
+from qaperso.eval.compare import Items
 
 TEXT = """
 def get_suite():
@@ -82,10 +82,9 @@ class Commands:
         self.asked.append(f"{words[0].removeprefix('qaperso.')} {workdir.name}")
         if words[0] == "qaperso.evaluate":
             assert list(words[-2:]) == ["--replies", "5"]
-            made = Items(["a", "b"], ["q", "r"], ["g", "h"], {}, {})
-            shift = 0.5 if "towers" in workdir.name else 0.0
-            made.add("nll", np.array([1.0, 3.0]) - shift + int(workdir.name[-1]))
-            items.save(workdir, made)
+            shift = int(workdir.name[-1]) - (0.5 if "towers" in workdir.name else 0.0)
+            scores = {"nll": (np.array([1.0, 3.0]) + shift, np.ones(2))}
+            compare.save(workdir / bench.ITEMS, Items(("a", "b"), ("q", "r"), ("g", "h"), scores, ""))
         return True
 
 
@@ -131,13 +130,12 @@ def test_no_cell_begins_after_the_deadline(suite_file: Path, monkeypatch: pytest
 def test_the_interval_of_several_seeds_knows_that_seeds_differ() -> None:
     # Within a seed every dialogue differs alike: with many dialogues, only the seeds' own spread is left.
     suite = Suite({"A": ("a.py",), "B": ("b.py",)}, (0, 1, 2), "B", ("nll",))
-    names = [str(i) for i in range(200)]
+    names = tuple(str(i) for i in range(200))
     found = {}
     for seed, gap in zip(suite.seeds, (-1.0, 0.0, 1.0), strict=True):
         for method in suite.methods:
-            made = Items(names, names, names, {}, {})
-            made.add("nll", np.random.default_rng(seed).normal(size=200) + (gap if method == "A" else 0.0))
-            found[method, seed] = made
+            values = np.random.default_rng(seed).normal(size=200) + (gap if method == "A" else 0.0)
+            found[method, seed] = Items(names, names, names, {"nll": (values, np.ones(200))}, "")
     difference = bench.compare(suite, found)["A"]["difference"]["nll"]
     assert difference["value"] == pytest.approx(0.0, abs=1e-12) and difference["n"] == 3
     assert difference["low"] < -0.6 and difference["high"] > 0.6

@@ -18,7 +18,8 @@ data.topics data.store data.text data.plan data.batches data.paper data.load
 models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer
 models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
 mesh step checkpoint metrics run batching reply
-eval.intervals eval.items eval.scores eval.awareness eval.report prepare train evaluate bench chat""".split()
+eval.intervals eval.compare eval.scores eval.awareness eval.report eval.predictions eval.plots eval.page eval.gather
+prepare train evaluate bench chat""".split()
 
 
 def imported(path: Path) -> set[str]:
