@@ -317,7 +317,9 @@ def load_weights(location: Location, model: DecoderConfig, dtype: Any, mesh: Mes
     earlier = open_run(location.path)
     trainable, _, _ = restore(earlier)
     if "tower" in trainable:
-        raise UserError(f"config.base '{location.path}' is a run with two towers, which no single decoder can replace")
+        raise UserError(
+            f"config.base '{location.path}' is a run with two towers or querier rows, which no single decoder can replace"
+        )
     params = earlier.params_of(trainable)
     if "lora" in trainable:
         lora_config = earlier.config.lora

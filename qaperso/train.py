@@ -126,7 +126,7 @@ def make_feed(run: Run, examples: Sequence[Example], start: int) -> tuple[Iterat
     accumulate = config.batch.accumulate
     plan = Plan(examples, run.shape, config.seed, config.batch.queriers, config.batch.per_querier)
     contrast = config.qar.contrast if config.method == "qar" else "none"
-    rows = config.method == "qar" and config.qar.querier_embedding and not config.compat
+    rows = "rows" in declare(run)[0].get("tower", {})
     rule = (accumulate, config.qar.drop_row if rows else None, contrast)
 
     def publish(batch: Batch) -> Batch:

@@ -328,7 +328,7 @@ def declared(name: str) -> int:
     return sum(math.prod(spec.shape) for spec in arrays.flat(trainable, arrays.is_spec).values())
 
 
-@pytest.mark.parametrize("name", ["sft_matched_smollm2", "sft_hidden_smollm2"])
+@pytest.mark.parametrize("name", ["sft_matched_smollm2", "sft_hidden_smollm2", "sft_rows_smollm2"])
 def test_as_many_trainable_values_as_qar(name: str) -> None:
     assert declared("qar_smollm2") == 6_027_776
     assert declared(name) == pytest.approx(declared("qar_smollm2"), rel=0.02)
