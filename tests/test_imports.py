@@ -14,10 +14,10 @@ data.formats.common data.formats data.formats.jsonl data.formats.mqdialog data.f
 data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slack data.formats.discord
 data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews
 data.clean data.runs data.duplicates data.splits data.features data.clusters data.prepared data.shards data.merge
-data.topics data.store data.text data.plan data.batches data.paper data.load
+data.topics data.store data.history data.text data.plan data.batches data.paper data.load
 models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer
 models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
-mesh step checkpoint metrics run batching reply
+methods.sft_rows methods.prompts mesh step checkpoint metrics run batching reply
 eval.intervals eval.compare eval.scores eval.awareness eval.report eval.predictions eval.plots eval.page eval.gather
 prepare train evaluate bench chat""".split()
 
