@@ -19,7 +19,7 @@ from qaperso.data import load, synthetic
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
-from qaperso.eval import awareness, intervals, report, scores
+from qaperso.eval import awareness, intervals, lamp, overlap, report
 from qaperso.generate import Sampling
 from qaperso.mesh import start_runtime
 from qaperso.run import Run, open_run, read_record, restore
@@ -37,6 +37,7 @@ def evaluate(run: Run, trainable: Tree, store: Store, split: str, replies: int |
       replies: write replies to so many dialogues, evenly spread over the split; None = all.
     """
     metrics = awareness.swap_gap(run, trainable, store, split)
+    metrics["perplexity"] = intervals.transformed(metrics["reply_nll"], np.exp)
     indices = store.split(split)
     if replies is not None and replies < len(indices):
         indices = indices[np.linspace(0, len(indices) - 1, replies).round().astype(int)]
@@ -51,9 +52,8 @@ def evaluate(run: Run, trainable: Tree, store: Store, split: str, replies: int |
     samplings = [Sampling(g.max_new_tokens, g.temperature, g.top_p, seed) for seed in seeds]
     model = batching.prepare(run, trainable)
     written = reply.replies(model, dialogues, store.row[indices].tolist(), samplings)
-    groups = [d.group for d in dialogues]
-    for name, values in scores.rouge([d.reply for d in dialogues], written).items():
-        metrics[name] = intervals.bootstrap(values, np.ones(len(values)), groups)
+    metrics |= overlap.score([d.reply for d in dialogues], written, [d.group for d in dialogues])
+    metrics |= lamp.score(dialogues, written)
     if run.config.data.format == "synthetic":
         metrics |= town_scores(run, dialogues, written)
     return metrics
