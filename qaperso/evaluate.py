@@ -19,7 +19,7 @@ from qaperso.data import load, synthetic
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
-from qaperso.eval import awareness, intervals, report, scores
+from qaperso.eval import awareness, intervals, report, retrieval, scores
 from qaperso.generate import Sampling
 from qaperso.mesh import start_runtime
 from qaperso.run import Run, open_run, read_record, restore
@@ -36,7 +36,10 @@ def evaluate(run: Run, trainable: Tree, store: Store, split: str, replies: int |
       split: one of `splits.SPLITS`.
       replies: write replies to so many dialogues, evenly spread over the split; None = all.
     """
-    metrics = awareness.swap_gap(run, trainable, store, split)
+    known, found = (part.measure(run, trainable, store, split) for part in (awareness, retrieval))
+    for name, reason in (known.absent | found.absent).items():
+        print(f"{run.workdir.name}: no {name}: {reason}", file=sys.stderr)
+    metrics = known.metrics | found.metrics
     indices = store.split(split)
     if replies is not None and replies < len(indices):
         indices = indices[np.linspace(0, len(indices) - 1, replies).round().astype(int)]
