@@ -196,6 +196,9 @@ def test_an_oracle_has_the_gaps_known_in_closed_form(knows: str) -> None:
     nll = 1 - len(test) * (1 + math.log(0.9)) / total
     assert found.metrics["reply_nll"]["value"] == pytest.approx(nll, rel=1e-9)
     assert found.metrics["compared"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": len(test)}
+    assert set(found.scores) == set(found.metrics) - {"compared"}
+    np.testing.assert_allclose(found.scores["gap_masked"][0], np.full(len(test), none), rtol=1e-9)
+    np.testing.assert_array_equal(found.scores["gap_row"][1], [len(features.words(d.reply)) for d in test])
 
 
 def test_a_model_that_does_not_know_who_asks_has_no_gap() -> None:
@@ -268,9 +271,11 @@ def test_replies_that_do_not_fit_under_all_names_are_not_compared() -> None:
     left = {q for q, keep in zip(true, compared, strict=True) if keep}
     for name in awareness.GAPS:
         assert set(found.per_querier[name]) == left and found.metrics[name]["n"] == len(left)
-    # What is compared is compared as ever.
-    everybody = awareness.gaps(store, "test", known, rows=True).per_querier["gap_masked"]
-    assert found.per_querier["gap_masked"] == pytest.approx({q: everybody[q] for q in left}, rel=0.2)
+    # What is compared is compared as ever; the rest counts for nothing.
+    everybody = awareness.gaps(store, "test", known, rows=True).scores
+    for name in awareness.GAPS:
+        for ours, all_of_them in zip(found.scores[name], everybody[name], strict=True):
+            np.testing.assert_array_equal(ours, all_of_them * compared)
 
 
 def unknowing(asked: Sequence[Asked]) -> tuple[np.ndarray, np.ndarray]:

@@ -76,21 +76,23 @@ class Awareness:
     Attributes:
       metrics: see `gaps`.
       per_querier: {gap: {querier: nats per token}}; a gap's value is the mean of its queriers'.
+      scores: {metric: (nats, tokens)} of each of the split's dialogues, float64[n] each; 0 and 0 where one is left out.
       absent: {metric: why it is not there}.
     """
 
     metrics: dict[str, dict[str, float]]
     per_querier: dict[str, dict[str, float]]
+    scores: dict[str, tuple[np.ndarray, np.ndarray]]
     absent: dict[str, str]
 
 
-def measure(run: Run, trainable: Tree, store: Store, split: str, seed: int = 0) -> Awareness:
+def measure(run: Run, trainable: Tree, store: Store, split: str) -> Awareness:
     """`gaps` of a run.
 
     Raises:
       UserError: the split has no dialogue, or none fits a row.
     """
-    return gaps(store, split, likelihoods(run, trainable, store), has_rows(run, trainable), seed)
+    return gaps(store, split, likelihoods(run, trainable, store), has_rows(run, trainable))
 
 
 def gaps(store: Store, split: str, score: Score, rows: bool, seed: int = 0, level: float = LEVEL) -> Awareness:
@@ -133,19 +135,13 @@ def gaps(store: Store, split: str, score: Score, rows: bool, seed: int = 0, leve
     same = {name: scored & (counts[name] == tokens) for name in asked}
     if not scored.any():
         raise UserError(f"no reply of the {split} split fits batch.length and batch.targets; raise them")
-
-    def column(key: str, keep: np.ndarray) -> list[str]:
-        return [getattr(store.dialogues[i], key) for i in indices[keep]]
-
-    metrics = {"reply_nll": bootstrap(nll["true"][scored], tokens[scored], column("group", scored))}
     alone = f"no responder of the {split} split answers both its querier and another one in training"
     unfit = f"no reply of the {split} split fits batch.length under all names; raise it"
     absent = {name: "the method has no querier rows" for name in ("gap_row", "gap_name") if not rows}
+    scores = {"reply_nll": (nll["true"], tokens)}
     # The first draw may fit where others do not: this gap is over as many replies as it can be.
-    swapped = same["random_0"]
-    if swapped.any():
-        delta = (nll["random_0"] - nll["true"])[swapped]
-        metrics["swap_gap"] = bootstrap(delta, tokens[swapped], column("group", swapped))
+    if same["random_0"].any():
+        scores["swap_gap"] = (nll["random_0"] - nll["true"]) * same["random_0"], tokens * same["random_0"]
     else:
         absent["swap_gap"] = unfit if any(asked["random_0"]) else alone
     if not any(asked["nearest"]):
@@ -153,17 +149,25 @@ def gaps(store: Store, split: str, score: Score, rows: bool, seed: int = 0, leve
     names = [name for name in GAPS if name not in absent]
     compared = np.all([same[part] for name in names for part in GAPS[name]], 0)
     if not compared.any():
-        return Awareness(metrics, {}, absent | dict.fromkeys(names, unfit))
-    who, where = column("querier", compared), column("group", compared)
-    per_querier = {}
+        absent |= dict.fromkeys(names, unfit)
+        names = []
     for name in names:
         # The mean of differences, which is exactly 0 where each of them is.
-        delta = np.mean([nll[part] - nll["true"] for part in GAPS[name]], 0)[compared]
-        metrics[name] = macro(delta, tokens[compared], who, where, level=level)
-        per_querier[name] = _by_querier(delta, tokens[compared], who)
-    share = float(compared.sum() / scored.sum())
-    metrics["compared"] = {"value": share, "low": share, "high": share, "n": int(scored.sum())}
-    return Awareness(metrics, per_querier, absent)
+        delta = np.mean([nll[part] - nll["true"] for part in GAPS[name]], 0)
+        scores[name] = delta * compared, tokens * compared
+    found = Awareness({}, {}, scores, absent)
+    for name, (nats, number) in scores.items():
+        kept = np.flatnonzero(number)
+        who, where = ([getattr(store.dialogues[i], key) for i in indices[kept]] for key in ("querier", "group"))
+        if name in GAPS:
+            found.metrics[name] = macro(nats[kept], number[kept], who, where, level=level)
+            found.per_querier[name] = _by_querier(nats[kept], number[kept], who)
+        else:
+            found.metrics[name] = bootstrap(nats[kept], number[kept], where, level=level)
+    if names:
+        share = float(compared.sum() / scored.sum())
+        found.metrics["compared"] = {"value": share, "low": share, "high": share, "n": int(scored.sum())}
+    return found
 
 
 def _table(asked: dict[str, list[Asked | None]], score: Score) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -174,10 +178,10 @@ def _table(asked: dict[str, list[Asked | None]], score: Score) -> tuple[dict[str
     return dict(zip(asked, sums, strict=True)), dict(zip(asked, counts, strict=True))
 
 
-def _by_querier(delta: np.ndarray, tokens: np.ndarray, who: Sequence[str]) -> dict[str, float]:
+def _by_querier(sums: np.ndarray, counts: np.ndarray, who: Sequence[str]) -> dict[str, float]:
     """Each querier's nats per token."""
     names, member = np.unique(np.array(who), return_inverse=True)
-    return dict(zip(names.tolist(), (np.bincount(member, delta) / np.bincount(member, tokens)).tolist(), strict=True))
+    return dict(zip(names.tolist(), (np.bincount(member, sums) / np.bincount(member, counts)).tolist(), strict=True))
 
 
 def conditions(store: Store, indices: np.ndarray, rows: bool, seed: int) -> dict[str, list[Asked | None]]:
