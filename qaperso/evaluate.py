@@ -7,6 +7,7 @@ test split) or DIR/eval_SPLIT.json.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from qaperso.data import load, synthetic
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
-from qaperso.eval import awareness, intervals, report, scores
+from qaperso.eval import awareness, identify, intervals, paired, report, scores
 from qaperso.generate import Sampling
 from qaperso.mesh import start_runtime
 from qaperso.run import Run, open_run, read_record, restore
@@ -27,16 +28,22 @@ from qaperso.run import Run, open_run, read_record, restore
 Tree = Any
 
 
-def evaluate(run: Run, trainable: Tree, store: Store, split: str, replies: int | None) -> dict[str, dict[str, float]]:
-    """All metrics of a run on a split, each {"value", "low", "high", "n"}.
+def evaluate(
+    run: Run, trainable: Tree, store: Store, split: str, replies: int | None, queries: int = 0
+) -> dict[str, dict[str, Any]]:
+    """All metrics of a run on a split, each {"value", "low", "high", "n"}; without a value a "note" says why.
 
     Args:
       run, trainable: what is scored.
       store: of the run's data.
       split: one of `splits.SPLITS`.
       replies: write replies to so many dialogues, evenly spread over the split; None = all.
+      queries: put so many queries to several queriers each.
     """
     metrics = awareness.swap_gap(run, trainable, store, split)
+    if queries:
+        answers = same_queries(run, trainable, store, split, queries)
+        metrics |= paired.metrics(answers, identify.names(store.dialogues))
     indices = store.split(split)
     if replies is not None and replies < len(indices):
         indices = indices[np.linspace(0, len(indices) - 1, replies).round().astype(int)]
@@ -54,9 +61,18 @@ def evaluate(run: Run, trainable: Tree, store: Store, split: str, replies: int |
     groups = [d.group for d in dialogues]
     for name, values in scores.rouge([d.reply for d in dialogues], written).items():
         metrics[name] = intervals.bootstrap(values, np.ones(len(values)), groups)
+    metrics |= identify.metrics(identify.judge(store, indices, written))
     if run.config.data.format == "synthetic":
         metrics |= town_scores(run, dialogues, written)
     return metrics
+
+
+def same_queries(run: Run, trainable: Tree, store: Store, split: str, count: int) -> list[paired.Asked]:
+    """Replies to `count` queries of a split, each as to several queriers; see `paired.ask`."""
+    model, g = batching.prepare(run, trainable), run.config.generate
+    ways = functools.partial(reply.replies, model), functools.partial(reply.fits, run)
+    how = Sampling(g.max_new_tokens, g.temperature, g.top_p)
+    return paired.ask(*ways, store, store.split(split), count, how, seed=run.config.seed)
 
 
 def town_scores(run: Run, dialogues: Sequence[Any], written: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -86,11 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, nargs="+", metavar="DIR")
     parser.add_argument("--split", default="test", metavar="|".join(SPLITS))
     parser.add_argument("--replies", type=int, metavar="N", help="write replies to N dialogues only (default: all)")
+    parser.add_argument(
+        "--paired", type=int, default=0, metavar="N", help="put N queries to several queriers each (default: 0)"
+    )
     known = parser.parse_args(arguments)
     if known.split not in SPLITS:
         raise UserError(f"--split is '{known.split}', expected one of {', '.join(SPLITS)}")
     if known.replies is not None and known.replies < 0:
         raise UserError(f"--replies is {known.replies}, expected 0 or more")
+    if known.paired < 0:
+        raise UserError(f"--paired is {known.paired}, expected 0 or more")
     for name in known.workdir:  # before the first is scored, which takes long
         read_record(Path(name))
     start_runtime()
@@ -100,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = open_run(workdir)
         trainable, _, step = restore(run)
         store = load.load_store(run.config.data)
-        metrics = report.jsonable(evaluate(run, trainable, store, known.split, known.replies))
+        metrics = report.jsonable(evaluate(run, trainable, store, known.split, known.replies, known.paired))
         target = workdir / ("eval.json" if known.split == "test" else f"eval_{known.split}.json")
         content = {"metrics": metrics, "config": run.record["config"], "step": step, "split": known.split}
         checkpoint.write_json(target, content)

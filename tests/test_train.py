@@ -82,13 +82,16 @@ def test_logging_and_peak(tmp_path, monkeypatch):
 def test_evaluate_writes_one_file_a_split_and_chat_answers():
     folder = finished("qar")[0]
     before = contents(folder)
-    code, out, err = call(evaluate.main, "--workdir", folder, "--split", "dev", "--replies", "2")
+    code, out, err = call(evaluate.main, "--workdir", folder, "--split", "dev", "--replies", "2", "--paired", "2")
     assert code == 0, err
     new = set(contents(folder)) - set(before)
     assert new == {"eval_dev.json"}
     data = json.loads((folder / "eval_dev.json").read_text(encoding="utf-8"))
     assert data["split"] == "dev" and data["step"] in checkpoint.steps(folder / "checkpoints")
     assert 0 <= data["metrics"]["rouge_l"]["value"] <= 1
+    assert data["metrics"]["paired_gap"]["n"] == 2
+    identification = data["metrics"]["identification"]
+    assert identification["value"] is None and "replies to queriers" in identification["note"]
     querier = json.loads((folder / "run.json").read_text(encoding="utf-8"))["registry"]["queriers"][0]
     words = ("--workdir", folder, "--once", "Are you open?", "--querier", querier)
     code, out, _ = call(chat.main, *words)
