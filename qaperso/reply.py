@@ -35,6 +35,15 @@ def make_prompt(run: Run, dialogue: Dialogue) -> Encoded:
     return e
 
 
+def fits(run: Run, dialogue: Dialogue) -> bool:
+    """Whether `make_prompt` finds room for the dialogue's query."""
+    try:
+        make_prompt(run, dialogue)
+    except UserError:
+        return False
+    return True
+
+
 def question(run: Run, history: Sequence[Turn], querier: str, text: str, responder: str) -> Dialogue:
     """A dialogue that waits for its reply."""
     turns = (*history, Turn(querier, text), Turn(responder, ""))

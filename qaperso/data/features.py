@@ -32,7 +32,7 @@ SVD_QUERIES = 50_000
 # Any run of word characters is a word, those of one letter too; Chinese and Japanese, which put no blanks between
 # words, are taken by the character.
 _HAN_KANA = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-_WORD = re.compile(rf"[{_HAN_KANA}]|[^\W{_HAN_KANA}]+")
+WORD = re.compile(rf"[{_HAN_KANA}]|[^\W{_HAN_KANA}]+")
 
 
 def query_text(dialogue: Dialogue, turns: str = "last") -> str:
@@ -54,7 +54,7 @@ def query_text(dialogue: Dialogue, turns: str = "last") -> str:
 
 def words(text: str) -> list[str]:
     """The words of a text in lower case; none where it holds only punctuation or emoji."""
-    return _WORD.findall(text.lower())
+    return WORD.findall(text.lower())
 
 
 def count_terms(texts: Iterable[str]) -> collections.Counter[str]:

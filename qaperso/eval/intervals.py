@@ -264,6 +264,11 @@ def _macro_values(
     return value, _joined(found), held
 
 
+def absent(note: str) -> dict[str, float | str | None]:
+    """A metric that has no value, and why."""
+    return {"value": None, "low": None, "high": None, "n": 0, "note": note}
+
+
 def _multiplicities(rng: np.random.Generator, draws: int, n: int) -> np.ndarray:
     """How often each of n is drawn, float64[draws, n]."""
     return rng.multinomial(n, np.full(n, 1 / n), draws).astype(float)

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-Metrics = Mapping[str, Mapping[str, float | None]]
+Metric = Mapping[str, float | str | None]
+Metrics = Mapping[str, Metric]
 
 
 def table(title: str, columns: Mapping[str, Metrics]) -> Table:
@@ -20,18 +21,18 @@ def table(title: str, columns: Mapping[str, Metrics]) -> Table:
         result.add_column(escape(name), justify="right")
     names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
     for name in names:
-        result.add_row(name, *(cell(metrics.get(name)) for metrics in columns.values()))
+        result.add_row(name, *(escape(cell(metrics.get(name))) for metrics in columns.values()))
     return result
 
 
-def cell(metric: Mapping[str, float | None] | None) -> str:
-    """`0.912 [0.874, 0.946] n=223`; "-" where there is no value."""
+def cell(metric: Metric | None) -> str:
+    """`0.912 [0.874, 0.946] n=223`; where there is no value its note, "-" without one."""
     if metric is None or _missing(metric["value"]):
-        return "-"
+        return str((metric or {}).get("note", "-"))
     return f"{interval(metric)} n={metric['n']}"
 
 
-def interval(metric: Mapping[str, float | None] | None, sign: bool = False) -> str:
+def interval(metric: Metric | None, sign: bool = False) -> str:
     """`0.912 [0.874, 0.946]`, with `sign` `+0.912 [+0.874, +0.946]`; "-" where there is no value."""
     if metric is None or _missing(metric["value"]):
         return "-"
@@ -40,8 +41,8 @@ def interval(metric: Mapping[str, float | None] | None, sign: bool = False) -> s
     return f"{metric['value']:{form}}{bounds}"
 
 
-def _missing(value: float | int | None) -> bool:
-    return value is None or math.isnan(value)
+def _missing(value: float | str | None) -> bool:
+    return value is None or isinstance(value, float) and math.isnan(value)
 
 
 def show(title: str, columns: Mapping[str, Metrics]) -> None:
@@ -50,6 +51,6 @@ def show(title: str, columns: Mapping[str, Metrics]) -> None:
     console.print(table(title, columns), width=None if console.is_terminal else 120)
 
 
-def jsonable(metrics: Metrics) -> dict[str, dict[str, float | None]]:
-    """NaN becomes null, as JSON has no NaN."""
+def jsonable(metrics: Metrics) -> dict[str, dict[str, float | str | None]]:
+    """NaN becomes null, as JSON has no NaN; a note stays."""
     return {name: {k: None if _missing(v) else v for k, v in metric.items()} for name, metric in metrics.items()}
