@@ -19,7 +19,7 @@ from qaperso.data import load, synthetic
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
-from qaperso.eval import awareness, intervals, report, scores
+from qaperso.eval import awareness, intervals, leakage, report, scores, unseen
 from qaperso.generate import Sampling
 from qaperso.mesh import start_runtime
 from qaperso.run import Run, open_run, read_record, restore
@@ -86,6 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workdir", required=True, nargs="+", metavar="DIR")
     parser.add_argument("--split", default="test", metavar="|".join(SPLITS))
     parser.add_argument("--replies", type=int, metavar="N", help="write replies to N dialogues only (default: all)")
+    parser.add_argument("--unseen", action="store_true", help="fit rows of the unseen split's queriers, and score them")
+    parser.add_argument("--leakage", action="store_true", help="ask for canary facts as their owners and as others")
     known = parser.parse_args(arguments)
     if known.split not in SPLITS:
         raise UserError(f"--split is '{known.split}', expected one of {', '.join(SPLITS)}")
@@ -100,7 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = open_run(workdir)
         trainable, _, step = restore(run)
         store = load.load_store(run.config.data)
-        metrics = report.jsonable(evaluate(run, trainable, store, known.split, known.replies))
+        found = evaluate(run, trainable, store, known.split, known.replies)
+        found |= unseen.unseen_queriers(run, trainable, store) if known.unseen else {}
+        found |= leakage.leakage(run, trainable, store, known.split) if known.leakage else {}
+        metrics = report.jsonable(found)
         target = workdir / ("eval.json" if known.split == "test" else f"eval_{known.split}.json")
         content = {"metrics": metrics, "config": run.record["config"], "step": step, "split": known.split}
         checkpoint.write_json(target, content)

@@ -17,8 +17,9 @@ data.clean data.runs data.duplicates data.splits data.features data.clusters dat
 data.topics data.store data.text data.plan data.batches data.paper data.load
 models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer
 models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
-mesh step checkpoint metrics run batching reply
-eval.intervals eval.scores eval.awareness eval.report prepare train evaluate chat""".split()
+mesh step checkpoint metrics run batching reply enrol
+eval.intervals eval.scores eval.awareness eval.unseen eval.canaries eval.leakage eval.report
+prepare train evaluate chat""".split()
 
 
 def imported(path: Path) -> set[str]:
