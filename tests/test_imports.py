@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "qaperso"
 
 # Each stage may import from itself (above it in this list) and from earlier ones.
-ORDER = """errors types arrays config engine
+ORDER = """errors types arrays config engine endpoint
 data.contrast data.town data.synthetic
 data.formats.common data.formats data.formats.jsonl data.formats.mqdialog data.formats.scenes data.formats.script
 data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slack data.formats.discord
@@ -18,7 +18,7 @@ data.topics data.store data.text data.plan data.batches data.paper data.load
 models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer
 models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
 mesh step checkpoint metrics run batching reply
-eval.intervals eval.scores eval.awareness eval.report prepare train evaluate chat""".split()
+eval.intervals eval.scores eval.awareness eval.judge eval.report prepare train evaluate judge chat""".split()
 
 
 def imported(path: Path) -> set[str]:
