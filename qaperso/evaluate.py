@@ -11,31 +11,26 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
-import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qaperso import checkpoint
 from qaperso import config as configs
-from qaperso.data import load, synthetic
+from qaperso.data import load
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
-from qaperso.eval import awareness, compare, gather, page, predictions, report, scores
-from qaperso.eval.compare import Items
+from qaperso.eval import compare, gather, measure, overlap, page, predictions, report
+from qaperso.eval.measure import Measured, Wanted
 from qaperso.eval.page import Report
 from qaperso.mesh import start_runtime
-from qaperso.run import Run, open_run, read_record, restore
-from qaperso.types import Dialogue
+from qaperso.run import open_run, read_record, restore
 
 Tree = Any
-Metrics = dict[str, dict[str, float | None]]
-Columns = tuple[np.ndarray, np.ndarray]
+Metrics = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +40,7 @@ class Scored:
     Attributes:
       name: in tables.
       folder, step: of the run and its checkpoint.
-      items: scores of single dialogues.
+      found: all that was measured.
       metrics: each {"value", "low", "high", "n"}, None where there is no number.
       report: its page without the tables, which compare runs; None for a run that gets no page.
     """
@@ -53,12 +48,12 @@ class Scored:
     name: str
     folder: Path
     step: int
-    items: Items
+    found: Measured
     metrics: Metrics
     report: Report | None
 
 
-def evaluate(folder: Path, name: str, store: Store, split: str, replies: int | None, paged: bool) -> Scored:
+def evaluate(folder: Path, name: str, store: Store, split: str, wanted: Wanted, paged: bool) -> Scored:
     """Scores a run on a split of its data.
 
     Args:
@@ -66,125 +61,24 @@ def evaluate(folder: Path, name: str, store: Store, split: str, replies: int | N
       name: of the run in tables; the step is added.
       store: of its data.
       split: one of `splits.SPLITS`, with at least one dialogue.
-      replies: write replies to so many dialogues, evenly spread over the split; None = all.
+      wanted: what is measured.
       paged: whether the run gets a page.
     """
     run = open_run(folder)
     trainable, _, step = restore(run)
-    items = likelihoods(run, trainable, store, split)
-    indices = answerable(run, store, split, items, replies)
-    found: list[predictions.Record] = []
-    metrics: Metrics = {}
-    if indices:
-        path = predictions.file_of(folder, split)
-        found = predictions.collect(run, trainable, store, split, indices, step, path)
-        dialogues = [store.dialogues[i] for i in indices]
-        items = dataclasses.replace(items, scores={**items.scores, **reply_scores(run, dialogues, items, found)})
-        if run.config.data.format == "synthetic":
-            metrics = town_chance(run, dialogues)
-    notes = what_is_missing(items, split)
-    for note in notes:
+    found = measure.measure(run, trainable, store, split, step, wanted, predictions.file_of(folder, split))
+    for note in found.notes:
         print(f"{folder}: {note}", file=sys.stderr)
     shown = None
     if paged:
-        shown = gather.report(run, trainable, store, split, step, items, found)
+        shown = gather.report(run, trainable, store, split, step, found.items, found.records, found.embedded)
         others = gather.asked_by_others(run, store, split)
-        if found and others.dialogues:
+        if found.records and others.dialogues:
             path = predictions.file_of(folder, split, "across")
             records = predictions.collect(run, trainable, others, split, range(len(others.dialogues)), step, path)
             shown = dataclasses.replace(shown, across=gather.across(store, split, records))
-        shown = dataclasses.replace(shown, notes=notes)
-    metrics = report.jsonable(compare.metrics(items) | metrics)
-    return Scored(f"{name} @{step}", folder, step, items, metrics, shown)
-
-
-def likelihoods(run: Run, trainable: Tree, store: Store, split: str) -> Items:
-    """Reply NLL and swap gap of each of a split's dialogues; no swap gap where there is nobody to swap with."""
-    places = store.split(split)
-    dialogues = [store.dialogues[i] for i in places]
-    sums, counts = (x[places] for x in awareness.dialogue_nll(run, trainable, store, split))
-    found = {"reply_nll": (sums, counts)}
-    if any(name is not None for name in awareness.others(store, dialogues, 0)):
-        swapped = awareness.swap(store, split, 0)
-        other_sums, other_counts = (x[places] for x in awareness.dialogue_nll(run, trainable, swapped, split))
-        # Another name may be longer, so that a reply no longer fits: such dialogues are not compared.
-        same = counts == other_counts
-        found["swap_gap"] = np.where(same, other_sums - sums, 0.0), np.where(same, counts, 0.0)
-    vocabulary = json.dumps(run.tokenizer.get_vocab(), sort_keys=True)
-    return Items(
-        tuple(d.id for d in dialogues),
-        tuple(d.querier for d in dialogues),
-        tuple(d.group for d in dialogues),
-        found,
-        hashlib.sha256(vocabulary.encode()).hexdigest(),
-    )
-
-
-def answerable(run: Run, store: Store, split: str, items: Items, replies: int | None) -> list[int]:
-    """Dialogues that get replies: `replies` of the split, evenly spread, without those too long for a row."""
-    places = store.split(split)
-    chosen = np.arange(len(places))
-    if replies is not None and replies < len(places):
-        chosen = np.linspace(0, len(places) - 1, replies).round().astype(int)
-    scored = items.scores["reply_nll"][1] > 0
-    return [int(places[n]) for n in chosen if scored[n] and predictions.fits(run, store.dialogues[places[n]])]
-
-
-def reply_scores(
-    run: Run, dialogues: Sequence[Dialogue], items: Items, found: Sequence[predictions.Record]
-) -> dict[str, Columns]:
-    """Scores of replies: by metric, numerators and denominators for all of a split's dialogues, see `compare.Items`.
-
-    Args:
-      run: whose replies these are.
-      dialogues: that were answered.
-      items: of the whole split.
-      found: the replies to the dialogues.
-    """
-    place = {name: n for n, name in enumerate(items.ids)}
-    where = [place[d.id] for d in dialogues]
-    texts = [record["reply"] for record in found]
-
-    def column(values: Sequence[float] | np.ndarray, keep: Sequence[bool] | None = None) -> Columns:
-        kept = np.ones(len(where), bool) if keep is None else np.array(keep, bool)
-        sums, counts = np.zeros((2, len(place)))
-        sums[where], counts[where] = np.where(kept, values, 0.0), kept
-        return sums, counts
-
-    result = {"empty_replies": column([float(not text.strip()) for text in texts])}
-    result |= {name: column(values) for name, values in scores.rouge([d.reply for d in dialogues], texts).items()}
-    if run.config.data.format == "synthetic":
-        town = [synthetic.score_reply(d, text) for d, text in zip(dialogues, texts, strict=True)]
-        for part in ("exact", "address", "register", "fact"):
-            result[part] = column([t.get(part, 0.0) for t in town], [part in t for t in town])
-        held_out = [d.fields["held_out"] for d in dialogues]
-        if any(held_out):
-            result["exact_heldout"] = column([t["exact"] for t in town], held_out)
-    return result
-
-
-def town_chance(run: Run, dialogues: Sequence[Dialogue]) -> Metrics:
-    """What the embedded world's exact scores are by chance: computed, not sampled, so low and high are the value."""
-    world = synthetic.make_world(run.config.data.seed)
-    found = synthetic.chance(world, dialogues)
-    return {f"{part}_chance": {"value": v, "low": v, "high": v, "n": len(dialogues)} for part, v in found.items()}
-
-
-def what_is_missing(items: Items, split: str) -> list[str]:
-    """Sentences on dialogues and scores that are not there, and on replies without text."""
-    notes = []
-    total, scored = len(items.ids), int((items.scores["reply_nll"][1] > 0).sum())
-    if scored < total:
-        notes.append(f"{total - scored} of {total} dialogues do not fit batch.length and are not scored.")
-    if "swap_gap" not in items.scores:
-        notes.append(
-            f"No swap gap: no responder of the {split} split answers a second querier in training, so there is nobody to "
-            "swap with."
-        )
-    empty, written = items.scores.get("empty_replies", (np.zeros(1), np.zeros(1)))
-    if empty.sum():
-        notes.append(f"{int(empty.sum())} of {int(written.sum())} replies hold no text.")
-    return notes
+        shown = dataclasses.replace(shown, notes=found.notes)
+    return Scored(f"{name} @{step}", folder, step, found, report.jsonable(found.metrics), shown)
 
 
 def store_reader() -> Callable[[Path], Store]:
@@ -222,15 +116,24 @@ def check_data(folders: Sequence[Path], against: Sequence[Path], split: str, rea
 
 
 def differences(ours: Scored, theirs: Sequence[Scored]) -> dict[str, Metrics]:
-    """Paired differences of a run to others, by their names."""
+    """Paired differences of a run to others, by their names; see `compare.paired`, `overlap.compare`."""
+    result = {}
     for other in theirs:
-        if ours.items.vocabulary != other.items.vocabulary:
+        if ours.found.items.vocabulary != other.found.items.vocabulary:
             print(
                 f"{ours.folder} and {other.folder} have different tokenisers: what is counted in nats per token is not "
                 "compared",
                 file=sys.stderr,
             )
-    return {other.name: report.jsonable(compare.paired(ours.items, other.items)) for other in theirs}
+        gaps = compare.paired(ours.found.items, other.found.items)
+        written = {record["id"]: record["reply"] for record in other.found.records}
+        both = [record for record in ours.found.records if record["id"] in written]
+        if both:
+            references, groups = ([record[key] for record in both] for key in ("reference", "group"))
+            texts = [record["reply"] for record in both], [written[record["id"]] for record in both]
+            gaps = overlap.compare(references, *texts, groups) | gaps
+        result[other.name] = report.jsonable(gaps)
+    return result
 
 
 def check_arguments(known: argparse.Namespace) -> tuple[list[Path], list[Path]]:
@@ -241,8 +144,9 @@ def check_arguments(known: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     """
     if known.split not in SPLITS:
         raise UserError(f"--split is '{known.split}', expected one of {', '.join(SPLITS)}")
-    if known.replies is not None and known.replies < 0:
-        raise UserError(f"--replies is {known.replies}, expected 0 or more")
+    for option in ("replies", "paired"):
+        if (number := getattr(known, option)) is not None and number < 0:
+            raise UserError(f"--{option} is {number}, expected 0 or more")
     folders, against = ([Path(name) for name in names] for names in (known.workdir, known.against))
     seen: set[Path] = set()
     for folder in (*folders, *against):
@@ -269,6 +173,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--against", default=[], nargs="+", metavar="DIR", help="runs to compare each workdir with")
     parser.add_argument("--split", default="test", metavar="|".join(SPLITS))
     parser.add_argument("--replies", type=int, metavar="N", help="write replies to N dialogues only (default: all)")
+    parser.add_argument(
+        "--awareness", action="store_true", help="true replies under every kind of other querier; retrieval of queriers"
+    )
+    parser.add_argument(
+        "--paired", type=int, default=0, metavar="N", help="put N queries to several queriers each (default: 0)"
+    )
+    parser.add_argument("--unseen", action="store_true", help="fit rows of the unseen split's queriers, and score them")
+    parser.add_argument("--leakage", action="store_true", help="ask for canary facts as their owners and as others")
     parser.add_argument("--report", metavar="FILE", help="the page of a single workdir (default: DIR/report.html)")
     known = parser.parse_args(arguments)
     folders, against = check_arguments(known)
@@ -279,11 +191,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     short = [folder.resolve().name for folder in (*folders, *against)]
     names = {f: n if short.count(n) == 1 else str(f) for f, n in zip((*folders, *against), short, strict=True)}
 
-    theirs = [evaluate(f, names[f], read(f), known.split, known.replies, paged=False) for f in against]
+    wanted = Wanted(known.replies, known.awareness, known.paired, known.unseen, known.leakage)
+    theirs = [evaluate(f, names[f], read(f), known.split, wanted, paged=False) for f in against]
     ours, found = [], {}
     suffix = "" if known.split == "test" else f"_{known.split}"
     for folder in folders:
-        run = evaluate(folder, names[folder], read(folder), known.split, known.replies, paged=True)
+        run = evaluate(folder, names[folder], read(folder), known.split, wanted, paged=True)
         ours.append(run)
         found[run.name] = differences(run, theirs)
         config = read_record(folder)["config"]
@@ -296,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         target = Path(known.report) if known.report else run.folder / f"report{suffix}.html"
         page.write(dataclasses.replace(run.report, metrics=columns, against=compared), target)
         print(f"page of {run.name}: {target}", file=sys.stderr)
-        compare.save(run.folder / f"items{suffix}.npz", run.items)
+        compare.save(run.folder / f"items{suffix}.npz", run.found.items)
 
     report.show(f"{known.split} split, 95% intervals", {s.name: s.metrics for s in (*ours, *theirs)})
     if theirs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,9 +11,8 @@ import numpy as np
 import pytest
 import untrained
 
-from qaperso import evaluate
 from qaperso.data.batches import make_examples
-from qaperso.eval import awareness, scores
+from qaperso.eval import awareness, measure, scores
 from qaperso.run import Run
 from qaperso.types import Turn
 
@@ -113,13 +113,23 @@ def test_a_run_that_knows_its_queriers_has_a_gap() -> None:
     assert awareness.measure(run, deaf, store, "dev").metrics["gap_row"]["value"] == 0
 
 
-def test_evaluate_says_what_it_could_not_measure(capsys: pytest.CaptureFixture) -> None:
+def test_what_could_not_be_measured_is_said(tmp_path: Path) -> None:
     run, store, trainable = untrained.opened(method="sft")
-    found = evaluate.evaluate(untrained.changed(run, data__names="masked"), trainable, store, "dev", replies=0)
-    assert {"reply_nll", "swap_gap", "gap_nearest"} <= set(found) and not {"gap_row", "retrieval_top1"} & set(found)
-    err = capsys.readouterr().err
-    assert "never written: no gap_row: the method has no querier rows\n" in err
-    assert "never written: no retrieval_top1: the run was trained without contrast" in err
+    run = untrained.changed(run, data__names="masked")
+
+    def measured(every: bool) -> measure.Measured:
+        wanted = measure.Wanted(replies=0, awareness=every)
+        return measure.measure(run, trainable, store, "dev", 1, wanted, tmp_path / "replies.jsonl")
+
+    found = measured(True)
+    assert {"reply_nll", "swap_gap", "gap_nearest"} <= set(found.metrics)
+    assert not {"gap_row", "retrieval_top1"} & set(found.metrics) and found.embedded is None
+    assert "No gap_row: the method has no querier rows." in found.notes
+    assert any(note.startswith("No retrieval_top1: the run was trained without contrast") for note in found.notes)
+    # By default two conditions are scored, with the same result.
+    few = measured(False)
+    assert set(few.metrics) == {"reply_nll", "perplexity", "swap_gap"} and not few.notes
+    assert all(few.metrics[name] == found.metrics[name] for name in few.metrics)
 
 
 @pytest.mark.parametrize("compat", ["", "paper"])

@@ -11,13 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import untrained
-from helpers import device
 
-from qaperso.data.batches import make_batch
 from qaperso.data.store import Store, make_store
 from qaperso.eval import gather
 from qaperso.eval.compare import Items
-from qaperso.methods import base
 from qaperso.run import Run
 from qaperso.types import STRANGER, Dialogue, Turn
 
@@ -76,25 +73,6 @@ def test_summary_and_configuration(qar: tuple[Run, Store, Tree]) -> None:
     assert f"{len(store.split('dev'))} dev" in found["dialogues"]
     keys = {key: (value, changed) for key, value, changed in gather.changed_keys(run.config)}
     assert keys["batch.rows"] == ("4", True) and keys["seed"] == ("0", False) and keys["lora.rank"] == ("4", True)
-
-
-def test_embeddings_are_those_of_single_dialogues_asked_by_strangers(qar: tuple[Run, Store, Tree]) -> None:
-    run, store, trainable = qar
-    vectors, index = gather.embeddings(run, trainable, store, "dev")
-    np.testing.assert_array_equal(index, store.split("dev"))
-    examples = {e.index: e for e in run.examples(store, "dev")[0]}
-    for place in (0, len(index) // 2, len(index) - 1):
-        example = dataclasses.replace(examples[index[place]], querier=STRANGER)
-        batch = device(make_batch([[example]], run.shape))
-        adapters = run.method.condition(run.setting, trainable, batch.inputs)
-        states = base.states(run.setting, run.base, batch.inputs, adapters)
-        alone, _ = run.method.embeddings(run.setting, trainable, batch.inputs, states)
-        np.testing.assert_allclose(vectors[place], alone[0, 0], atol=2e-4)
-
-
-def test_a_method_without_embeddings_has_none() -> None:
-    run, store, trainable = untrained.opened(method="sft")
-    assert gather.embeddings(run, trainable, store, "dev") is None
 
 
 def test_maps_are_of_clusters_in_which_people_can_be_told_apart() -> None:
@@ -158,7 +136,7 @@ def test_the_worst_come_first() -> None:
 
 def test_queries_are_asked_by_the_others(qar: tuple[Run, Store, Tree], monkeypatch: pytest.MonkeyPatch) -> None:
     store = small()
-    monkeypatch.setattr(gather.predictions, "fits", lambda _, d: d.id != "x3 <- eve")
+    monkeypatch.setattr(gather.reply, "fits", lambda _, d: d.id != "x3 <- eve")
     found = gather.asked_by_others(qar[0], store, "test")
     # Those with the fewest turns; dee answers nobody else in training, and nobody but those in training asks.
     groups = collections.defaultdict(list)

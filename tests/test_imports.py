@@ -17,7 +17,7 @@ data.clean data.runs data.duplicates data.splits data.features data.clusters dat
 data.topics data.store data.history data.text data.plan data.batches data.paper data.load
 models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer
 models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
-methods.sft_rows methods.prompts mesh step checkpoint metrics run batching reply enrol endpoint
+methods.sft_rows methods.prompts mesh step checkpoint metrics run batching reply enrol
 eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness eval.retrieval eval.identify eval.paired
 eval.canaries eval.leakage eval.unseen eval.judge eval.report eval.predictions eval.plots eval.page eval.gather eval.measure
 prepare train evaluate judge bench chat""".split()

@@ -15,10 +15,10 @@ import pytest
 import untrained
 from sklearn.metrics import accuracy_score, f1_score, mean_absolute_error, root_mean_squared_error
 
-from qaperso import batching, evaluate, reply
+from qaperso import batching, reply
 from qaperso.data.formats import lamp as reader
 from qaperso.errors import UserError
-from qaperso.eval import lamp, overlap
+from qaperso.eval import lamp, measure, overlap
 from qaperso.types import Dialogue, Turn
 
 TAGS = ["sci-fi", "comedy", "dark comedy", "based on a book"]
@@ -155,12 +155,15 @@ def test_dialogues_of_the_reader_are_known(tmp_path: Path, task: int, gold: str 
     assert lamp.listed(dialogues) == ([" " * (i > 0) + tag for i, tag in enumerate(TAGS)] if task == 2 else [])
 
 
-def test_evaluate_adds_them_and_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_are_measured_beside_perplexity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run, store, trainable = untrained.opened(method="sft")
     tasks = [dataclasses.replace(d, fields={**d.fields, "task": "LaMP_4"}) for d in store.dialogues]
     monkeypatch.setattr(batching, "prepare", lambda *_: None)
     monkeypatch.setattr(reply, "replies", lambda model, dialogues, *_: [d.query for d in dialogues])
-    found = evaluate.evaluate(run, trainable, dataclasses.replace(store, dialogues=tuple(tasks)), "dev", 4)
+    store = dataclasses.replace(store, dialogues=tuple(tasks))
+    found = measure.measure(
+        run, trainable, store, "dev", 1, measure.Wanted(replies=4), tmp_path / "replies.jsonl"
+    ).metrics
     assert found["lamp_4_rouge_1"] == found["rouge_1"] and found["rouge_1"]["n"] == 4
     assert {"rouge_l", "bleu", "chrf", "distinct_1", "distinct_2", "self_bleu"} <= set(found)
     for key in ("value", "low", "high"):

@@ -87,7 +87,7 @@ def test_evaluate_writes_scores_replies_and_a_page(tmp_path, monkeypatch):
     code, out, err = call(evaluate.main, *words)
     assert code == 0, err
     assert "dev split, 95% intervals" in out and "paired differences" in out
-    made = {"eval_dev.json", "predictions_dev.jsonl", "across_dev.jsonl", "report_dev.html"}
+    made = {"eval_dev.json", "items_dev.npz", "predictions_dev.jsonl", "across_dev.jsonl", "report_dev.html"}
     assert set(contents(folder)) - set(before[0]) == made
     assert set(contents(other)) - set(before[1]) == {"predictions_dev.jsonl"}
     data = json.loads((folder / "eval_dev.json").read_text(encoding="utf-8"))

@@ -86,16 +86,18 @@ class Awareness:
     absent: dict[str, str]
 
 
-def measure(run: Run, trainable: Tree, store: Store, split: str) -> Awareness:
-    """`gaps` of a run.
+def measure(run: Run, trainable: Tree, store: Store, split: str, every: bool = True) -> Awareness:
+    """`gaps` of a run; without `every` only `reply_nll` and `swap_gap`, two conditions instead of nine.
 
     Raises:
       UserError: the split has no dialogue, or none fits a row.
     """
-    return gaps(store, split, likelihoods(run, trainable, store), has_rows(run, trainable))
+    return gaps(store, split, likelihoods(run, trainable, store), has_rows(run, trainable), every=every)
 
 
-def gaps(store: Store, split: str, score: Score, rows: bool, seed: int = 0, level: float = LEVEL) -> Awareness:
+def gaps(
+    store: Store, split: str, score: Score, rows: bool, seed: int = 0, level: float = LEVEL, every: bool = True
+) -> Awareness:
     """How much worse, in nats per token, the true reply becomes when it is not the true querier who is said to ask.
 
     `reply_nll` is the true reply's NLL per token and `swap_gap` how much one random other querier of the responder (name
@@ -121,6 +123,7 @@ def gaps(store: Store, split: str, score: Score, rows: bool, seed: int = 0, leve
       rows: whether the model has querier rows.
       seed: of the draws.
       level: of the intervals.
+      every: False = only the first two.
 
     Raises:
       UserError: the split has no dialogue, or none fits a row.
@@ -130,6 +133,7 @@ def gaps(store: Store, split: str, score: Score, rows: bool, seed: int = 0, leve
         found = ", ".join(sorted({str(d.split) for d in store.dialogues}))
         raise UserError(f"the {split} split of the data has no dialogue to score; --split may be one of: {found}")
     asked = conditions(store, indices, rows, seed)
+    asked = asked if every else {name: asked[name] for name in ("true", "random_0")}
     nll, counts = _table(asked, score)
     tokens, scored = counts["true"], counts["true"] > 0
     same = {name: scored & (counts[name] == tokens) for name in asked}
@@ -144,17 +148,19 @@ def gaps(store: Store, split: str, score: Score, rows: bool, seed: int = 0, leve
         scores["swap_gap"] = (nll["random_0"] - nll["true"]) * same["random_0"], tokens * same["random_0"]
     else:
         absent["swap_gap"] = unfit if any(asked["random_0"]) else alone
-    if not any(asked["nearest"]):
+    if not any(asked.get("nearest", ())):
         absent = dict.fromkeys(SWAPS, alone) | absent
-    names = [name for name in GAPS if name not in absent]
+    names = [name for name in GAPS if name not in absent] if every else []
     compared = np.all([same[part] for name in names for part in GAPS[name]], 0)
-    if not compared.any():
+    if names and not compared.any():
         absent |= dict.fromkeys(names, unfit)
         names = []
     for name in names:
         # The mean of differences, which is exactly 0 where each of them is.
         delta = np.mean([nll[part] - nll["true"] for part in GAPS[name]], 0)
         scores[name] = delta * compared, tokens * compared
+    if not every:
+        absent = {name: why for name, why in absent.items() if name not in GAPS}
     found = Awareness({}, {}, scores, absent)
     for name, (nats, number) in scores.items():
         kept = np.flatnonzero(number)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from qaperso.errors import UserError
-from qaperso.eval.intervals import bootstrap
+from qaperso.eval import intervals
 from qaperso.types import Dialogue
 
 Metrics = dict[str, dict[str, float]]
+LOWER_IS_BETTER = ("reply_nll", "empty_replies")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ def by_querier(items: Items, name: str) -> Metrics:
 
 
 def _mean(items: Items, sums: np.ndarray, counts: np.ndarray, keep: np.ndarray) -> dict[str, float]:
-    return bootstrap(sums[keep], counts[keep], [items.groups[i] for i in np.flatnonzero(keep)])
+    return intervals.bootstrap(sums[keep], counts[keep], [items.groups[i] for i in np.flatnonzero(keep)])
 
 
 def paired(ours: Items, theirs: Items) -> Metrics:
@@ -64,7 +65,12 @@ def paired(ours: Items, theirs: Items) -> Metrics:
     result = {}
     for name in ours.scores:
         if (found := difference(ours, theirs, name)) is not None:
-            result[name] = _mean(ours, *found, found[1] > 0)
+            kept = np.flatnonzero(found[1])
+            if not len(kept):
+                continue
+            (gap, counts), groups = (x[kept] for x in found), [ours.groups[i] for i in kept]
+            better = name in LOWER_IS_BETTER
+            result[name] = intervals.paired(gap, np.zeros_like(gap), counts, groups, lower_is_better=better)
     return result
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,18 +17,16 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from qaperso import config as configs
-from qaperso.data import clusters, features, paper
-from qaperso.data.batches import sequential
+from qaperso import reply
+from qaperso.data import clusters, features
 from qaperso.data.store import Store
-from qaperso.eval import awareness, compare, predictions
+from qaperso.eval import awareness, compare
 from qaperso.eval.compare import Items
 from qaperso.eval.page import Across, Failure, Report
 from qaperso.eval.plots import Map
 from qaperso.eval.predictions import Record
-from qaperso.mesh import put_batch
-from qaperso.methods import Setting, base
+from qaperso.eval.retrieval import Embedded
 from qaperso.run import Run
-from qaperso.types import STRANGER, Batch
 
 Tree = Any
 CURVES = ("loss", "lm", "contrast", "dev_nll")
@@ -43,7 +39,14 @@ EXAMPLES = 4
 
 
 def report(
-    run: Run, trainable: Tree, store: Store, split: str, step: int, items: Items, records: Sequence[Record]
+    run: Run,
+    trainable: Tree,
+    store: Store,
+    split: str,
+    step: int,
+    items: Items,
+    records: Sequence[Record],
+    embedded: Embedded | None,
 ) -> Report:
     """All of a page but the tables of metrics, which compare runs.
 
@@ -52,9 +55,9 @@ def report(
       store, split: on what.
       items: scores of its dialogues.
       records: of `predictions.collect`, of the split's dialogues or some of them.
+      embedded: the split's dialogues, with names visible; None where the method has no embeddings.
     """
     curves = read_curves(run.workdir / "metrics.jsonl")
-    pooled = embeddings(run, trainable, store, split)
     lengths = tuple([len(features.words(r[key])) for r in records] for key in ("reply", "reference"))
     return Report(
         title=f"{run.workdir.resolve().name}: {split} split",
@@ -63,7 +66,7 @@ def report(
         curves=curves,
         chosen=step if curves else None,
         swap=compare.by_querier(items, "swap_gap"),
-        maps=maps(store, *pooled) if pooled else (),
+        maps=maps(store, embedded.vectors, embedded.index) if embedded else (),
         clusters=cluster_rows(store),
         failures=failures(store, split, items, records),
         lengths=lengths if records else None,
@@ -115,47 +118,12 @@ def read_curves(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: points[:: -(-len(points) // CURVE_POINTS)] for name, points in found.items()}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _batch_embeddings(setting: Setting, method: ModuleType, trainable: Tree, frozen: Tree, batch: Batch) -> Any:
-    params = trainable.get("base", frozen)
-    states = base.states(setting, params, batch.inputs, method.condition(setting, trainable, batch.inputs))
-    return method.embeddings(setting, trainable, batch.inputs, states)
-
-
-def embeddings(run: Run, trainable: Tree, store: Store, split: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Embeddings of a split's dialogues as to a stranger, by the run's method.
-
-    Returns:
-      float32[n, D], means over the responder's tokens, and the dialogues' places in the store, int64[n]; None where the
-      method has no embeddings.
-    """
-    examples, _ = run.examples(store, split)
-    total: dict[int, np.ndarray] = {}
-    count: collections.Counter[int] = collections.Counter()
-    with jax.set_mesh(run.mesh):
-        for batch, rows in sequential(examples, run.shape):
-            if run.config.compat == "paper":
-                batch = paper.as_published(batch, run.setting.model.eos_ids[0])
-            # An embedding that has seen the querier's row could be read off it.
-            strangers = np.full_like(batch.inputs.querier, STRANGER)
-            batch = batch.replace(inputs=batch.inputs.replace(querier=strangers))
-            found = _batch_embeddings(run.setting, run.method, trainable, run.base, put_batch(batch, run.mesh, 0))
-            if found is None:
-                return None
-            mean, tokens = map(np.asarray, found)
-            for r, m, e in ((r, m, examples[i]) for r, row in enumerate(rows) for m, i in enumerate(row)):
-                total[e.index] = total.get(e.index, 0) + mean[r, m] * tokens[r, m]
-                count[e.index] += int(tokens[r, m])
-    index = sorted(i for i in total if count[i])
-    return np.stack([total[i] / count[i] for i in index]), np.array(index, np.int64)
-
-
 def maps(store: Store, vectors: np.ndarray, index: np.ndarray) -> list[Map]:
     """The largest clusters' embeddings in the plane; a cluster of a single querier or of few dialogues has no map.
 
     Args:
       store: of the data.
-      vectors, index: from `embeddings`.
+      vectors, index: of `retrieval.Embedded`.
     """
     found = []
     cluster = store.cluster[index]
@@ -251,7 +219,7 @@ def asked_by_others(run: Run, store: Store, split: str) -> Store:
     for place, name in ((i, q) for i in places for q in askers(i)):
         old = store.dialogues[place]
         new = dataclasses.replace(awareness.rename(old, name), id=f"{old.id} <- {name}")
-        if predictions.fits(run, new):
+        if reply.fits(run, new):
             dialogues.append(new)
             rows.append(int(store.row[place]) if name == old.querier else store.registry.row(name))
             origin.append(place)

@@ -23,7 +23,6 @@ from qaperso.data.text import Encoded
 from qaperso.errors import UserError
 from qaperso.generate import Sampling
 from qaperso.run import Run
-from qaperso.types import Dialogue
 
 Tree = Any
 Record = dict[str, Any]
@@ -100,15 +99,6 @@ def collect(
                 bar.update(len(part))
         _replace(path, path.read_bytes(), sorted(records.values(), key=lambda r: order[r["id"]]))
     return [records[record["id"]] for record in asked.values()]
-
-
-def fits(run: Run, dialogue: Dialogue) -> bool:
-    """Whether a dialogue's prompt fits a row, so that it can be answered."""
-    try:
-        reply.make_prompt(run, dialogue)
-    except UserError:
-        return False
-    return True
 
 
 def _sampling(run: Run) -> dict[str, int | float]:
