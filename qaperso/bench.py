@@ -2,7 +2,7 @@
 
 Methods x seeds on the same data. Each cell is a run of its own, trained and evaluated by the commands that anybody would
 use, in processes of their own, and left alone where it is done. Then DIR/table.md and DIR/table.json: every method, and how it
-differs from the suite's baseline. With --minutes no cell begins after so many, and the one under way saves and stops.
+differs from its baselines. With --minutes no cell begins after so many, and the one under way saves and stops.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Suite:
     Attributes:
       methods: {name: (config file, override, ...)}; `{NAME}` in an override is the folder of that run of `before`.
       seeds: each method is trained with each.
-      against: the method that every other is compared with.
+      against: {method: (baseline, ...)}, the methods that a method is compared with.
       metrics: names of metrics with values for each dialogue.
       before: runs that the others start from, trained once.
       evaluate: more options of `python -m qaperso.evaluate`.
@@ -48,7 +48,7 @@ class Suite:
 
     methods: Mapping[str, tuple[str, ...]]
     seeds: tuple[int, ...]
-    against: str
+    against: Mapping[str, tuple[str, ...]]
     metrics: tuple[str, ...]
     before: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     evaluate: tuple[str, ...] = ()
@@ -91,11 +91,11 @@ def load_suite(path: Path) -> Suite:
     if lacking := sorted(needed - set(given)):
         raise UserError(f"suite '{path}' has no field '{lacking[0]}'")
     suite = Suite(**given)
-    if suite.against not in suite.methods:
-        raise UserError(
-            f"suite '{path}' compares with '{suite.against}', which is none of its methods"
-            f"{nearest(suite.against, list(suite.methods))}"
-        )
+    for name in (*suite.against, *(base for bases in suite.against.values() for base in bases)):
+        if name not in suite.methods:
+            raise UserError(
+                f"suite '{path}' compares '{name}', which is none of its methods{nearest(name, list(suite.methods))}"
+            )
     return suite
 
 
@@ -150,33 +150,34 @@ def _command(words: Sequence[str], deadline: float) -> bool:
     return True
 
 
-def compare(suite: Suite, found: Mapping[tuple[str, int], Items]) -> dict[str, dict[str, dict[str, Metric]]]:
-    """Every method's metrics, and their differences to the baseline's on the same seeds and dialogues.
+def compare(suite: Suite, found: Mapping[tuple[str, int], Items]) -> dict[str, dict[str, Any]]:
+    """Every method's metrics, and their differences to its baselines' on the same seeds and dialogues.
 
     Args:
       suite: says which.
       found: per-dialogue values of each (method, seed) that is done.
 
     Returns:
-      {method: {"value": {metric: ...}, "difference": {metric: ...}}}. A value is the mean over seeds; intervals resample seeds
-      and groups of dialogues (`intervals.macro`), so with one seed they say nothing about other seeds.
+      {method: {"value": {metric: ...}, "difference": {baseline: {metric: ...}}}}. A value is the mean over seeds; intervals
+      resample seeds and groups of dialogues (`intervals.macro`), so with one seed they say nothing about other seeds.
     """
-    result: dict[str, dict[str, dict[str, Metric]]] = {}
+    result: dict[str, dict[str, Any]] = {}
     for method in suite.methods:
         mine = {seed: found[method, seed] for seed in suite.seeds if (method, seed) in found}
-        base = {seed: found[suite.against, seed] for seed in mine if (suite.against, seed) in found}
-        parts: dict[str, dict[str, Metric]] = {"value": {}, "difference": {}}
+        values, differences = {}, {base: {} for base in suite.against.get(method, ())}
         for metric in suite.metrics:
             own = [(seed, x.groups, *x.scores[metric]) for seed, x in mine.items() if metric in x.scores]
             if own:
-                parts["value"][metric] = _over_seeds(own)
-            if method == suite.against:
-                continue
-            gaps = {seed: comparing.difference(mine[seed], base[seed], metric) for seed in base}
-            pairs = [(seed, mine[seed].groups, *gap) for seed, gap in gaps.items() if gap is not None]
-            if pairs:
-                parts["difference"][metric] = _over_seeds(pairs)
-        result[method] = parts
+                values[metric] = _over_seeds(own)
+            for base, gaps in differences.items():
+                pairs = []
+                for seed, x in mine.items():
+                    other = found.get((base, seed))
+                    gap = comparing.difference(x, other, metric) if other else None
+                    pairs += [(seed, x.groups, *gap)] if gap is not None else []
+                if pairs:
+                    gaps[metric] = _over_seeds(pairs)
+        result[method] = {"value": values, "difference": differences}
     return result
 
 
@@ -186,21 +187,22 @@ def _over_seeds(parts: Sequence[tuple[int, Sequence[str], np.ndarray, np.ndarray
     return intervals.macro(np.concatenate([p[2] for p in parts]), np.concatenate([p[3] for p in parts]), seeds, groups)
 
 
-def markdown(suite: Suite, compared: Mapping[str, Mapping[str, Mapping[str, Metric]]]) -> str:
-    """The comparison as Markdown: a row a method, a column a metric, the difference to the baseline under each value."""
+def markdown(suite: Suite, compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """The comparison as Markdown: a row for each method, and under it one for each of its baselines."""
     lines = ["| method | seeds | " + " | ".join(suite.metrics) + " |", "|---|---|" + "---|" * len(suite.metrics)]
+
+    def row(name: str, metrics: Mapping[str, Metric], sign: bool) -> str:
+        count = max((m["n"] for m in metrics.values()), default=0)
+        return (
+            f"| {name} | {count} | " + " | ".join(report.interval(metrics.get(m), sign) for m in suite.metrics) + " |"
+        )
+
     for method, parts in compared.items():
-        row = []
-        for metric in suite.metrics:
-            text = report.interval(parts["value"].get(metric))
-            if metric in parts["difference"]:
-                text += f"<br>{report.interval(parts['difference'][metric], sign=True)}"
-            row.append(text)
-        count = max((m["n"] for m in parts["value"].values()), default=0)
-        lines.append(f"| {method} | {count} | " + " | ".join(row) + " |")
+        lines.append(row(method, parts["value"], False))
+        lines += [row(f"less {base}", gaps, True) for base, gaps in parts["difference"].items()]
     lines += [
         "",
-        f"Second line of a cell: difference to {suite.against} on the same seeds and dialogues. 95% intervals over seeds and groups.",
+        "Differences are over the same seeds and dialogues; 95% intervals over seeds and groups of dialogues.",
     ]
     return "\n".join(lines) + "\n"
 

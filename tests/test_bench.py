@@ -10,19 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qaperso import bench
+from qaperso import arrays, bench, methods
+from qaperso import config as configs
 from qaperso.bench import Cell, Suite
 from qaperso.errors import UserError
 from qaperso.eval import compare
 from qaperso.eval.compare import Items
+from qaperso.methods import Setting
+from qaperso.models.config import DecoderConfig
 
+CONFIGS = Path(__file__).parents[1] / "configs"
 TEXT = """
 def get_suite():
     return dict(
         before={"base": ("configs/base.py", "steps=3")},
         methods={"Two towers": ("configs/qar.py", "base={base}"), "LoRA": ("configs/sft.py", "base={base}", "steps=7")},
         seeds=(0, 1),
-        against="LoRA",
+        against={"Two towers": ("LoRA",)},
         metrics=("nll",),
         evaluate=("--replies", "5"),
     )
@@ -55,7 +59,8 @@ def test_cells_come_base_first_then_seed_by_seed(suite_file: Path) -> None:
         ("get_suite", "suite", "defines no get_suite"),
         ("seeds=", "sedes=", "unknown field 'sedes'; did you mean 'seeds'"),
         ("        seeds=(0, 1),\n", "", "no field 'seeds'"),
-        ('against="LoRA"', 'against="LoRa"', "did you mean 'LoRA'"),
+        ('("LoRA",)}', '("LoRa",)}', "did you mean 'LoRA'"),
+        ('against={"Two', 'against={"Tow', "did you mean 'Two towers'"),
     ],
 )
 def test_a_wrong_suite_is_one_clear_error(suite_file: Path, old: str, new: str, expected: str) -> None:
@@ -113,11 +118,12 @@ def test_what_is_done_is_left_alone(
     # (1 + 3) / 2, and one more with the second seed; half less with two towers.
     towers, lora = (found["methods"][m] for m in ("Two towers", "LoRA"))
     assert towers["value"]["nll"]["value"] == 2.0 and lora["value"]["nll"]["value"] == 2.5
-    assert towers["difference"]["nll"] == {"value": -0.5, "low": -0.5, "high": -0.5, "n": 2}
+    assert towers["difference"]["LoRA"]["nll"] == {"value": -0.5, "low": -0.5, "high": -0.5, "n": 2}
     assert not lora["difference"]
     lines = (output / "table.md").read_text(encoding="utf-8").splitlines()
-    assert lines[2].startswith("| Two towers | 2 | 2.000 [") and "<br>-0.500 [-0.500, -0.500]" in lines[2]
-    assert lines[3].startswith("| LoRA | 2 | 2.500 [") and "<br>" not in lines[3]
+    assert lines[2].startswith("| Two towers | 2 | 2.000 [")
+    assert lines[3] == "| less LoRA | 2 | -0.500 [-0.500, -0.500] |"
+    assert lines[4].startswith("| LoRA | 2 | 2.500 [") and not lines[5]
 
 
 def test_no_cell_begins_after_the_deadline(suite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,21 +135,41 @@ def test_no_cell_begins_after_the_deadline(suite_file: Path, monkeypatch: pytest
 
 def test_the_interval_of_several_seeds_knows_that_seeds_differ() -> None:
     # Within a seed every dialogue differs alike: with many dialogues, only the seeds' own spread is left.
-    suite = Suite({"A": ("a.py",), "B": ("b.py",)}, (0, 1, 2), "B", ("nll",))
+    suite = Suite({"A": ("a.py",), "B": ("b.py",)}, (0, 1, 2), {"A": ("B",)}, ("nll",))
     names = tuple(str(i) for i in range(200))
     found = {}
     for seed, gap in zip(suite.seeds, (-1.0, 0.0, 1.0), strict=True):
         for method in suite.methods:
             values = np.random.default_rng(seed).normal(size=200) + (gap if method == "A" else 0.0)
             found[method, seed] = Items(names, names, names, {"nll": (values, np.ones(200))}, "")
-    difference = bench.compare(suite, found)["A"]["difference"]["nll"]
+    difference = bench.compare(suite, found)["A"]["difference"]["B"]["nll"]
     assert difference["value"] == pytest.approx(0.0, abs=1e-12) and difference["n"] == 3
     assert difference["low"] < -0.6 and difference["high"] > 0.6
     one = {key: x for key, x in found.items() if key[1] == 0}
-    assert bench.compare(suite, one)["A"]["difference"]["nll"]["value"] == -1.0
+    assert bench.compare(suite, one)["A"]["difference"]["B"]["nll"]["value"] == -1.0
 
 
 def test_a_failing_command_stops_the_suite(tmp_path: Path) -> None:
     cell = Cell("A", 0, tmp_path / "run", str(tmp_path / "absent.py"), ())
     with pytest.raises(UserError, match="exit code 2"):
         bench.run_cell(cell, (), math.inf)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("suite_*.py")), ids=lambda p: p.stem)
+def test_shipped_suites(path: Path) -> None:
+    suite = bench.load_suite(path)
+    for cell in bench.cells(suite, Path("runs")):
+        config = configs.load(CONFIGS.parent / cell.config, cell.overrides)
+        assert not cell.method or config.seed == cell.seed
+
+
+def test_the_town_s_baseline_has_as_many_parameters() -> None:
+    sizes = []
+    for name in ("quickstart", "quickstart_matched"):
+        config = configs.load(CONFIGS / f"{name}.py")
+        shape = dict(config.model) | dict(vocab=64, head_dim=config.model.embed // config.model.heads, tied=True)
+        classes = {"cluster": np.zeros(60, np.int32)}
+        setting = Setting(config, DecoderConfig(**shape, eos_ids=(1,)), 1 + 12 + config.data.spare_rows, 16, classes)
+        trainable, _ = methods.load(config.method).declare(setting)
+        sizes.append(sum(math.prod(spec.shape) for spec in arrays.flat(trainable, arrays.is_spec).values()))
+    assert sizes == [311_168, 311_040]
