@@ -167,7 +167,8 @@ def test_the_town_s_baseline_has_as_many_parameters() -> None:
     sizes = []
     for name in ("quickstart", "quickstart_matched"):
         config = configs.load(CONFIGS / f"{name}.py")
-        shape = dict(config.model) | dict(vocab=64, head_dim=config.model.embed // config.model.heads, tied=True)
+        model = configs.load(CONFIGS / "quickstart_base.py").model
+        shape = dict(model) | dict(vocab=64, head_dim=model.embed // model.heads, tied=True)
         classes = {"cluster": np.zeros(60, np.int32)}
         setting = Setting(config, DecoderConfig(**shape, eos_ids=(1,)), 1 + 12 + config.data.spare_rows, 16, classes)
         trainable, _ = methods.load(config.method).declare(setting)
