@@ -1,8 +1,7 @@
 """python -m qaperso.train --config configs/x.py --workdir DIR [--config.key=value ...]
 
-Trains, or goes on where the workdir's newest checkpoint stopped. A method that trains nothing is validated and recorded
-as it is, with a checkpoint of step 0. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM
-after saving.
+Trains, or goes on where the workdir's newest checkpoint stopped. A method that trains nothing is validated and recorded as
+it is, with a checkpoint of step 0. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM after saving.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import pytest
 import untrained
 from tiny import TINY, one_device, trained  # noqa: F401
 
-from qaperso import run
+from qaperso import run, train
+from qaperso.data import load
 from qaperso.eval import awareness
 
 Tree = Any
@@ -41,7 +42,10 @@ def test_rows_of_queriers_and_of_the_stranger_are_learned(tmp_path: Path) -> Non
     trained(TINY, tmp_path / "run", "method=sft_rows", "qar.drop_row=0.5")
     opened = run.open_run(tmp_path / "run")
     rows = np.asarray(run.restore(opened, 8)[0]["tower"]["rows"])
-    known = 1 + len(opened.registry.queriers)
-    assert rows[0].any() and rows[1:known].any(1).mean() > 0.5
-    # Nobody has a spare row.
-    assert len(rows) == known + opened.config.data.spare_rows and not rows[known:].any()
+    examples, _ = opened.examples(load.load_store(opened.config.data), "train")
+    feed, _ = train.make_feed(opened, examples, 0)
+    told = [b.inputs.querier[b.inputs.present] for b in feed]
+    assert np.flatnonzero(rows.any(1)).tolist() == np.unique(np.concatenate(told)).tolist()
+    # The stranger among them; nobody has a spare row.
+    assert rows[0].any() and len(told) == 8
+    assert len(rows) == 1 + len(opened.registry.queriers) + opened.config.data.spare_rows
