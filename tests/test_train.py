@@ -89,6 +89,7 @@ def test_evaluate_writes_one_file_a_split_and_chat_answers():
     data = json.loads((folder / "eval_dev.json").read_text(encoding="utf-8"))
     assert data["split"] == "dev" and data["step"] in checkpoint.steps(folder / "checkpoints")
     assert 0 <= data["metrics"]["rouge_l"]["value"] <= 1
+    assert data["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(data["metrics"]["reply_nll"]["value"]))
     querier = json.loads((folder / "run.json").read_text(encoding="utf-8"))["registry"]["queriers"][0]
     words = ("--workdir", folder, "--once", "Are you open?", "--querier", querier)
     code, out, _ = call(chat.main, *words)
