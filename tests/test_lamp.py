@@ -88,7 +88,7 @@ def test_what_is_no_rating_is_as_wrong_as_can_be() -> None:
         lamp.score(asked(3, ["good"]), ["3"])
 
 
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(
     st.lists(st.tuples(st.sampled_from(TAGS), st.sampled_from([*TAGS, "what?"])), min_size=1, max_size=20)
 )
@@ -101,7 +101,7 @@ def test_labels_score_as_scikit_learn_says(given: list[tuple[str, str]]) -> None
     assert found["unparsed"] == pytest.approx(replies.count("what?") / len(replies))
 
 
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(st.lists(st.tuples(st.integers(1, 5), st.floats(1, 5)), min_size=1, max_size=20))
 def test_ratings_score_as_scikit_learn_says(given: list[tuple[int, float]]) -> None:
     true, said = zip(*given, strict=True)

@@ -70,7 +70,7 @@ def test_tokens(text: str, expected: list[str]) -> None:
     assert overlap.tokenize(text) == expected
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(deadline=None, max_examples=30)
 @hypothesis.given(st.lists(st.tuples(st.text("abcAB 12,.'_-\n"), st.text("abcAB 12,.'_-\n")), min_size=1, max_size=4))
 def test_rouge_of_ascii_is_the_library_s(given: list[tuple[str, str]]) -> None:
     references, replies = map(list, zip(*given, strict=True))
@@ -90,7 +90,7 @@ def corpus(references: list[str], replies: list[str], tokenizer: str) -> list[fl
 @pytest.mark.parametrize(
     ("words", "joint", "tokenizer"), [(WORDS, " ", "13a"), (CHINESE, "", "zh"), (JAPANESE, "", "ja-mecab")]
 )
-@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.settings(deadline=None, max_examples=25)
 @hypothesis.given(data=st.data())
 def test_bleu_and_chrf_are_the_library_s(words: list[str], joint: str, tokenizer: str, data: st.DataObject) -> None:
     references, replies = map(list, zip(*data.draw(pairs(words, joint)), strict=True))
@@ -100,7 +100,7 @@ def test_bleu_and_chrf_are_the_library_s(words: list[str], joint: str, tokenizer
     assert [bleu, chrf] == pytest.approx(expected, abs=1e-9)
 
 
-@hypothesis.settings(deadline=None, max_examples=20)
+@hypothesis.settings(deadline=None, max_examples=10)
 @hypothesis.given(given=pairs(), names=st.lists(st.sampled_from("abc"), min_size=6, max_size=6))
 def test_resampled_bleu_is_that_of_the_resampled_lists(given: list[tuple[str, str]], names: list[str]) -> None:
     references, replies = map(list, zip(*given, strict=True))
@@ -149,7 +149,7 @@ def test_the_true_replies_choose_the_tokenizer(references: list[str], expected: 
     assert overlap.bleu_tokenizer(references) == expected
 
 
-@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.settings(deadline=None, max_examples=30)
 @hypothesis.given(given=st.lists(st.tuples(texts(WORDS, " "), st.sampled_from("abc")), min_size=1, max_size=8))
 def test_distinct_is_its_definition(given: list[tuple[str, str]]) -> None:
     replies, groups = map(list, zip(*given, strict=True))

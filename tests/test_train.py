@@ -83,7 +83,7 @@ def test_logging_and_peak(tmp_path, monkeypatch):
 def test_evaluate_writes_scores_replies_and_a_page(tmp_path, monkeypatch):
     folder, other = finished("qar")[0], finished("adapter")[0]
     before = contents(folder), contents(other)
-    words = ("--workdir", folder, "--against", other, "--split", "dev", "--replies", "2", "--paired", "2")
+    words = ("--workdir", folder, "--against", other, "--split", "dev", "--replies", "2")
     code, out, err = call(evaluate.main, *words)
     assert code == 0, err
     assert "dev split, 95% intervals" in out and "paired differences" in out
@@ -93,7 +93,7 @@ def test_evaluate_writes_scores_replies_and_a_page(tmp_path, monkeypatch):
     data = json.loads((folder / "eval_dev.json").read_text(encoding="utf-8"))
     assert data["split"] == "dev" and data["step"] in checkpoint.steps(folder / "checkpoints")
     assert 0 <= data["metrics"]["rouge_l"]["value"] <= 1 and data["metrics"]["rouge_l"]["n"] == 2
-    assert data["metrics"]["paired_gap"]["n"] == 2
+    assert data["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(data["metrics"]["reply_nll"]["value"]))
     identification = data["metrics"]["identification"]
     assert identification["value"] is None and "replies to queriers" in identification["note"]
     ((name, against),) = data["against"].items()

@@ -1,16 +1,16 @@
-"""LaMP's own metrics (Salemi et al., arXiv 2304.11406, table 2) of what a model wrote.
+"""LaMP's own metrics (Salemi et al., arXiv 2304.11406) of written replies.
 
-| task    | metrics                          | what the reply must be                                                 |
-|---------|----------------------------------|------------------------------------------------------------------------|
-| 1, 2    | accuracy, macro-F1               | one of the labels that the question names                              |
-| 3       | MAE, RMSE                        | a number from 1 to 5                                                   |
-| 4 to 7  | ROUGE-1, ROUGE-L                 | any text                                                               |
+| task    | metrics            | a reply must be                           |
+|---------|--------------------|-------------------------------------------|
+| 1, 2    | accuracy, macro-F1 | one of the labels that the question names |
+| 3       | MAE, RMSE          | a number from 1 to 5                      |
+| 4 to 7  | ROUGE-1, ROUGE-L   | any text                                  |
 
-A model writes more than the benchmark's own script (eval/evaluation.py of github.com/LaMP-Benchmark/LaMP) takes, which
-compares whole texts. Here the first line that is not empty counts, and in it neither case nor what surrounds a label
-without being a letter or a digit: `[1]`, `1.` and `"1"` are one label. A line that says anything else is unparsed: wrong
-as a label, and as a rating as far from the true one as the scale goes, as in that script. The share of unparsed replies
-is a metric too. Numbers off the scale, which that script takes as they are, are unparsed.
+The benchmark's own script (eval/evaluation.py of github.com/LaMP-Benchmark/LaMP) compares whole replies with labels. Here
+the first line that is not empty counts, and in it neither case nor what surrounds a label without being a letter or a
+digit: `[1]`, `1.` and `"1"` are one label. Any other line is unparsed: wrong as a label, and as a rating as far from the
+true one as the scale goes, as in that script. The share of unparsed replies is a metric too. Numbers off the scale,
+which that script takes as they are, are unparsed.
 """
 
 from __future__ import annotations
