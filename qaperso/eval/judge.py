@@ -70,13 +70,11 @@ def read_predictions(path: Path, split: str) -> dict[tuple[str, str], dict[str, 
     Raises:
       UserError: no file, a broken line, no reply of the split, or replies of several checkpoints.
     """
-    again = "make it again with python -m qaperso.evaluate"
+    again = f"make it again with python -m qaperso.evaluate --workdir {path.parent} --split {split}"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is not there; make it with python -m qaperso.evaluate --workdir {path.parent}"
-        ) from error
+        raise UserError(f"{path} is not there; {again.replace(' again', '')}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); {again}") from error
     found = {}
@@ -95,7 +93,7 @@ def read_predictions(path: Path, split: str) -> dict[tuple[str, str], dict[str, 
         if record["split"] == split:
             found[record["id"], record["querier"]] = record
     if not found:
-        raise UserError(f"{path} holds no reply of the {split} split; {again} --split {split}")
+        raise UserError(f"{path} holds no reply of the {split} split; {again}")
     steps = sorted({record["step"] for record in found.values()})
     if len(steps) > 1:
         raise UserError(f"{path} holds replies of steps {', '.join(map(str, steps))}, expected those of one; {again}")
