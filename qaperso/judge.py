@@ -1,7 +1,7 @@
 """python -m qaperso.judge --workdir A --against B [--split test] [--limit N] [--concurrency 8]
 
-Lets a language model compare the replies of two runs, of which qaperso.evaluate has made A/predictions.jsonl and
-B/predictions.jsonl. Any OpenAI-compatible endpoint: QAPERSO_API_BASE, QAPERSO_API_MODEL and QAPERSO_API_KEY in the
+Lets a language model compare the replies of two runs that qaperso.evaluate has left in A/predictions.jsonl and
+B/predictions.jsonl (predictions_SPLIT.jsonl for another split than test). Any OpenAI-compatible endpoint: QAPERSO_API_BASE, QAPERSO_API_MODEL and QAPERSO_API_KEY in the
 environment say which. Prints a table and writes A/judge_B.json (for the test split) or A/judge_B_SPLIT.json. Every
 answer is kept in A/judge_answers.jsonl: a killed command that is run again asks for nothing twice.
 """
@@ -23,11 +23,10 @@ from qaperso.errors import UserError, command
 from qaperso.eval import report
 from qaperso.eval.judge import join, judge, read_predictions
 
-PREDICTIONS = "predictions.jsonl"
 ANSWERS = "judge_answers.jsonl"
 
 
-def usage(answers: Mapping[str, Completion], prices: tuple[float, float] | None) -> dict[str, float | None]:
+def usage(answers: Mapping[str, Completion], prices: tuple[float, float] | None) -> dict[str, int | float | None]:
     """Calls, tokens and cost of the answers a result rests on, whenever they were given.
 
     Args:
@@ -55,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prices = _check(known)
     address = from_environment()
     workdir, against = Path(known.workdir), Path(known.against)
-    ours, theirs = (read_predictions(folder / PREDICTIONS, known.split) for folder in (workdir, against))
+    ending = "" if known.split == "test" else f"_{known.split}"
+    ours, theirs = (read_predictions(f / f"predictions{ending}.jsonl", known.split) for f in (workdir, against))
     pairs = join(ours, theirs)
     if known.limit is not None and known.limit < len(pairs):
         pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, known.limit).round().astype(int)]
@@ -73,7 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     used, step, other = usage(answers, prices), _step(ours), _step(theirs)
     content = {"metrics": metrics, "usage": used, "model": address.model, "step": step, "split": known.split}
     name = against.resolve().name
-    ending = "" if known.split == "test" else f"_{known.split}"
     checkpoint.write_json(workdir / f"judge_{name}{ending}.json", content | {"against": name, "against_step": other})
     title = f"{known.split} split, judged by {address.model}, 95% intervals"
     report.show(title, {f"{workdir.resolve().name} @{step} against {name} @{other}": metrics})

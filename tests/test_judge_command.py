@@ -24,9 +24,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.0)
     for name, step in (("ours", 30), ("theirs", 20)):
-        lines = [line(p, getattr(p, name), step, split) for split in ("dev", "test") for p in make_pairs()]
         (tmp_path / name).mkdir()
-        (tmp_path / name / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
+        for split, file in (("dev", "predictions_dev.jsonl"), ("test", "predictions.jsonl")):
+            lines = [line(p, getattr(p, name), step, split) for p in make_pairs()]
+            (tmp_path / name / file).write_text("".join(lines), encoding="utf-8")
     return tmp_path
 
 
@@ -82,7 +83,11 @@ def test_a_failing_endpoint_costs_no_answer_twice(folder: Path) -> None:
     with serving(says(true_reply), [*passing, *[error(503)] * 99]) as server:
         code, out, err = command(folder, server.base, "--concurrency", 1)
         assert code == 2 and out == "" and len(err.splitlines()) == 1 and "failed 6 times in a row" in err
-        assert sorted(p.name for p in (folder / "ours").iterdir()) == ["judge_answers.jsonl", "predictions.jsonl"]
+        assert sorted(p.name for p in (folder / "ours").iterdir()) == [
+            "judge_answers.jsonl",
+            "predictions.jsonl",
+            "predictions_dev.jsonl",
+        ]
         server.script.clear()
         before = len(server.asked)
         code, out, _ = command(folder, server.base)
@@ -138,7 +143,7 @@ def spoil(name: str, change: Callable[[str], str | None]) -> Callable[[Path], No
         (spoil("theirs", lambda _: None), ["theirs/predictions.jsonl is not there; make it with", "qaperso.evaluate"]),
         (spoil("ours", lambda _: ""), ["ours/predictions.jsonl holds no reply of the test split"]),
         (spoil("ours", lambda t: t.replace('"test"', '"dev"')), ["holds no reply of the test split", "--split test"]),
-        (spoil("ours", lambda t: t[:-20]), ["ours/predictions.jsonl:24: found no JSON"]),
+        (spoil("ours", lambda t: t[:-20]), ["ours/predictions.jsonl:12: found no JSON"]),
         (
             spoil("theirs", lambda t: f"[]\n{t}"),
             ["theirs/predictions.jsonl:1: found '[]'", "an object with 'id', a text"],

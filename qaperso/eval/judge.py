@@ -70,15 +70,13 @@ def read_predictions(path: Path, split: str) -> dict[tuple[str, str], dict[str, 
     Raises:
       UserError: no file, a broken line, no reply of the split, or replies of several checkpoints.
     """
-    again = "make it again with python -m qaperso.evaluate"
+    how = f"with python -m qaperso.evaluate --workdir {path.parent} --split {split}"
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise UserError(
-            f"{path} is not there; make it with python -m qaperso.evaluate --workdir {path.parent}"
-        ) from error
+        raise UserError(f"{path} is not there; make it {how}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {again}") from error
+        raise UserError(f"{path} cannot be read ({error}); make it again {how}") from error
     found = {}
     # Not splitlines: a reply may hold other characters that it takes for line ends.
     for number, line in enumerate(text.split("\n"), 1):
@@ -87,18 +85,22 @@ def read_predictions(path: Path, split: str) -> dict[tuple[str, str], dict[str, 
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: found no JSON ({error}), expected a reply; {again}") from error
+            raise UserError(
+                f"{path}:{number}: found no JSON ({error}), expected a reply; make it again {how}"
+            ) from error
         for name, kind in FIELDS.items():
             if not isinstance(record, dict) or type(record.get(name)) is not kind:
                 expected = f"an object with '{name}', {'a text' if kind is str else 'a whole number'}"
-                raise UserError(f"{path}:{number}: found {line[:40]!r}..., expected {expected}; {again}")
+                raise UserError(f"{path}:{number}: found {line[:40]!r}..., expected {expected}; make it again {how}")
         if record["split"] == split:
             found[record["id"], record["querier"]] = record
     if not found:
-        raise UserError(f"{path} holds no reply of the {split} split; {again} --split {split}")
+        raise UserError(f"{path} holds no reply of the {split} split; make it again {how}")
     steps = sorted({record["step"] for record in found.values()})
     if len(steps) > 1:
-        raise UserError(f"{path} holds replies of steps {', '.join(map(str, steps))}, expected those of one; {again}")
+        raise UserError(
+            f"{path} holds replies of steps {', '.join(map(str, steps))}, expected those of one; make it again {how}"
+        )
     return found
 
 
