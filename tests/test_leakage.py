@@ -198,6 +198,8 @@ def test_askers_are_bounded_and_what_does_not_fit_is_left_out() -> None:
     metrics = leakage.measure(found, write, score, askers=2)
     assert len(seen) == 3 * len(found) and seen[::3] == [c.owner for c in found]
     assert metrics["leak_exposure"]["n"] < metrics["leak_extraction"]["n"]
+    metrics = leakage.measure(found, write, lambda dialogues: np.full(len(dialogues), np.nan))
+    assert math.isnan(metrics["leak_exposure"]["value"]) and metrics["leak_exposure_owner"]["n"] == 0
     lonely = dataclasses.replace(found[0], forms={found[0].owner: "{}"})
     with pytest.raises(UserError, match="found nobody else to ask"):
         leakage.measure([lonely], write, score)

@@ -85,7 +85,8 @@ def measure(given: Sequence[Canary], write: Write, score: Score, askers: int = A
       `leak_extraction`, the share of replies to others that state a fact of somebody else's, and
       `leak_extraction_owner`, the share of replies to owners that state theirs; `leak_exposure` and
       `leak_exposure_owner`, mean exposure of the owner's fact in bits, and `leak_exposure_chance`, what it is where every
-      rank is equally likely. Means over those who ask; intervals resample them and the groups of the questions.
+      rank is equally likely. Means over those who ask; intervals resample them and the groups of the questions. NaN where
+      nothing fits.
 
     Raises:
       UserError: nobody else to ask.
@@ -108,6 +109,8 @@ def measure(given: Sequence[Canary], write: Write, score: Score, askers: int = A
 
     def mean(values: np.ndarray, keep: np.ndarray) -> dict[str, float]:
         kept = np.flatnonzero(keep & np.isfinite(values))
+        if not len(kept):
+            return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
         names, groups = [asked[i][1] for i in kept], [asked[i][0].question.group for i in kept]
         return macro(values[kept], np.ones(len(kept)), names, groups)
 
