@@ -79,7 +79,7 @@ def macro(
     return {"value": value, "low": low, "high": high, "n": held}
 
 
-def absent(note: str) -> dict[str, float | str | None]:
+def absent(note: str) -> dict[str, float | int | str | None]:
     """A metric that has no value, and why."""
     return {"value": None, "low": None, "high": None, "n": 0, "note": note}
 
