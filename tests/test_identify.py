@@ -113,7 +113,7 @@ def answered(dialogues: Sequence[Dialogue], replies: dict[str, list[str]]) -> tu
     """The verdicts where the test dialogues of a querier are answered by the replies in turn."""
     store = store_of(dialogues)
     left = {name: iter(texts) for name, texts in replies.items()}
-    written = [next(left[d.querier], "nothing of this") for d in asked(store)]
+    written = [next(left.get(d.querier, iter(())), "nothing of this") for d in asked(store)]
     return store, identify.judge(store, store.split("test"), written)
 
 

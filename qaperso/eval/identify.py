@@ -81,12 +81,10 @@ def strip(text: str, hidden: Collection[str]) -> str:
 
 
 def _vocative(phrase: Sequence[str], hidden: Collection[str]) -> bool:
-    def called(word: str) -> bool:
-        return word in _ADDRESS or word in hidden
-
-    if not 1 <= len(phrase) <= _LONGEST or not called(phrase[-1]):
+    if not 1 <= len(phrase) <= _LONGEST:
         return False
-    return all(called(word) or word in _BEFORE for word in phrase)
+    called = [word in _ADDRESS or word in hidden for word in phrase]
+    return called[-1] and all(a or word in _BEFORE for a, word in zip(called, phrase, strict=True))
 
 
 def exchanges(dialogue: Dialogue) -> list[tuple[str, str]]:

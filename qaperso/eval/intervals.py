@@ -264,7 +264,7 @@ def _macro_values(
     return value, _joined(found), held
 
 
-def absent(note: str) -> dict[str, float | str | None]:
+def absent(note: str) -> dict[str, float | int | str | None]:
     """A metric that has no value, and why."""
     return {"value": None, "low": None, "high": None, "n": 0, "note": note}
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-Metric = Mapping[str, float | str | None]
+Metric = Mapping[str, float | int | str | None]
 Metrics = Mapping[str, Metric]
 
 
@@ -41,7 +41,7 @@ def interval(metric: Metric | None, sign: bool = False) -> str:
     return f"{metric['value']:{form}}{bounds}"
 
 
-def _missing(value: float | str | None) -> bool:
+def _missing(value: float | int | str | None) -> bool:
     return value is None or isinstance(value, float) and math.isnan(value)
 
 
@@ -51,6 +51,6 @@ def show(title: str, columns: Mapping[str, Metrics]) -> None:
     console.print(table(title, columns), width=None if console.is_terminal else 120)
 
 
-def jsonable(metrics: Metrics) -> dict[str, dict[str, float | str | None]]:
+def jsonable(metrics: Metrics) -> dict[str, dict[str, float | int | str | None]]:
     """NaN becomes null, as JSON has no NaN; a note stays."""
     return {name: {k: None if _missing(v) else v for k, v in metric.items()} for name, metric in metrics.items()}
