@@ -1,7 +1,8 @@
 """python -m qaperso.judge --workdir A --against B [--split test] [--limit N] [--concurrency 8]
 
 Lets a language model compare the replies of two runs that qaperso.evaluate has left in A/predictions.jsonl and
-B/predictions.jsonl (predictions_SPLIT.jsonl for another split than test). Any OpenAI-compatible endpoint: QAPERSO_API_BASE, QAPERSO_API_MODEL and QAPERSO_API_KEY in the
+B/predictions.jsonl (predictions_SPLIT.jsonl for another split than test). Any OpenAI-compatible endpoint:
+QAPERSO_API_BASE, QAPERSO_API_MODEL and QAPERSO_API_KEY in the
 environment say which. Prints a table and writes A/judge_B.json (for the test split) or A/judge_B_SPLIT.json. Every
 answer is kept in A/judge_answers.jsonl: a killed command that is run again asks for nothing twice.
 """
@@ -22,6 +23,7 @@ from qaperso.endpoint import Cache, Completion, Endpoint, Messages, complete_all
 from qaperso.errors import UserError, command
 from qaperso.eval import report
 from qaperso.eval.judge import join, judge, read_predictions
+from qaperso.eval.predictions import file_of
 
 ANSWERS = "judge_answers.jsonl"
 
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     address = from_environment()
     workdir, against = Path(known.workdir), Path(known.against)
     ending = "" if known.split == "test" else f"_{known.split}"
-    ours, theirs = (read_predictions(f / f"predictions{ending}.jsonl", known.split) for f in (workdir, against))
+    ours, theirs = (read_predictions(file_of(f, known.split), known.split) for f in (workdir, against))
     pairs = join(ours, theirs)
     if known.limit is not None and known.limit < len(pairs):
         pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, known.limit).round().astype(int)]
