@@ -8,18 +8,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import untrained
-from helpers import device
 
 from qaperso.data.batches import make_batch
+from qaperso.data.plan import Shape
 from qaperso.data.store import Store, make_store
 from qaperso.eval import gather
 from qaperso.eval.compare import Items
 from qaperso.methods import base
 from qaperso.run import Run
-from qaperso.types import STRANGER, Dialogue, Turn
+from qaperso.types import STRANGER, Dialogue, Inputs, Turn
 
 Tree = Any
 
@@ -68,7 +69,7 @@ def test_summary_and_configuration(qar: tuple[Run, Store, Tree]) -> None:
     )
     found = gather.summary(run, trainable, store, "dev", 3)
     assert found["method"] == "qar" and found["base"] == "random (sha256 0123456789ab)"
-    assert found["people"] == "12 queriers, 1 responders, 2 clusters"
+    assert found["people"] == "queriers: 12, responders: 1, clusters: 2"
     assert (
         found["scored"] == "dev split, checkpoint of step 3 of 1,000"
         and found["replies"] == "greedy, at most 64 tokens"
@@ -83,13 +84,16 @@ def test_embeddings_are_those_of_single_dialogues_asked_by_strangers(qar: tuple[
     vectors, index = gather.embeddings(run, trainable, store, "dev")
     np.testing.assert_array_equal(index, store.split("dev"))
     examples = {e.index: e for e in run.examples(store, "dev")[0]}
+
+    @jax.jit
+    def embed(inputs: Inputs) -> jax.Array:
+        states = base.states(run.setting, run.base, inputs, run.method.condition(run.setting, trainable, inputs))
+        return run.method.embeddings(run.setting, trainable, inputs, states)[0][0, 0]
+
     for place in (0, len(index) // 2, len(index) - 1):
         example = dataclasses.replace(examples[index[place]], querier=STRANGER)
-        batch = device(make_batch([[example]], run.shape))
-        adapters = run.method.condition(run.setting, trainable, batch.inputs)
-        states = base.states(run.setting, run.base, batch.inputs, adapters)
-        alone, _ = run.method.embeddings(run.setting, trainable, batch.inputs, states)
-        np.testing.assert_allclose(vectors[place], alone[0, 0], atol=2e-4)
+        alone = embed(make_batch([[example]], Shape(1, 128, 64, 1)).inputs)
+        np.testing.assert_allclose(vectors[place], alone, atol=2e-4)
 
 
 def test_a_method_without_embeddings_has_none() -> None:
