@@ -17,7 +17,7 @@ from qaperso.errors import UserError
 from qaperso.models.config import DecoderConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = sorted((ROOT / "configs").glob("*.py"))
+FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if not p.name.startswith("suite_"))
 
 
 def write(folder: Path, body: str) -> Path:

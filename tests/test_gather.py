@@ -65,7 +65,7 @@ def test_summary_and_configuration(qar: tuple[Run, Store, Tree]) -> None:
     )
     found = gather.summary(run, trainable, store, "dev", 3)
     assert found["method"] == "qar" and found["base"] == "random (sha256 0123456789ab)"
-    assert found["people"] == "12 queriers, 1 responders, 2 clusters"
+    assert found["people"] == "queriers: 12, responders: 1, clusters: 2"
     assert (
         found["scored"] == "dev split, checkpoint of step 3 of 1,000"
         and found["replies"] == "greedy, at most 64 tokens"

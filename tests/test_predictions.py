@@ -202,5 +202,5 @@ def test_a_corrupt_line_is_named(
 
 def test_fits(qar: tuple[Run, Store, Tree]) -> None:
     run, store, _ = qar
-    assert predictions.fits(run, store.dialogues[0])
-    assert not predictions.fits(run, reply.question(run, (), "tilda", "bread " * 130, "maren"))
+    assert reply.fits(run, store.dialogues[0])
+    assert not reply.fits(run, reply.question(run, (), "tilda", "bread " * 130, "maren"))

@@ -244,8 +244,8 @@ def test_zero_shot_is_the_base() -> None:
     opened, store, trainable = untrained.opened(method="prompts")
     lora, _, _ = untrained.opened(method="sft")
     fresh = helpers.drawn(run.declare(lora)[0], 2)
-    ours = awareness.dialogue_nll(opened, trainable, store, "dev")
-    theirs = awareness.dialogue_nll(lora, fresh, store, "dev")
+    ours = awareness.measure(opened, trainable, store, "dev", every=False).scores["reply_nll"]
+    theirs = awareness.measure(lora, fresh, store, "dev", every=False).scores["reply_nll"]
     np.testing.assert_array_equal(ours[1], theirs[1])
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     assert ours[1].sum() > 0

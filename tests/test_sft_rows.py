@@ -23,7 +23,10 @@ def test_rows_of_zeros_are_plain_lora() -> None:
     plain, store, trainable = untrained.opened(method="sft")
     rows, _, other = untrained.opened(method="sft_rows")
     zero = {"lora": trainable["lora"], "tower": jax.tree.map(np.zeros_like, other["tower"])}
-    ours, theirs = (awareness.dialogue_nll(r, t, store, "dev") for r, t in ((rows, zero), (plain, trainable)))
+    ours, theirs = (
+        awareness.measure(r, t, store, "dev", every=False).scores["reply_nll"]
+        for r, t in ((rows, zero), (plain, trainable))
+    )
     np.testing.assert_array_equal(ours, theirs)
     fresh = helpers.drawn(run.declare(rows)[0], 0)
     assert not fresh["tower"]["rows"].any() and not fresh["lora"]["q"]["b"].any()
@@ -32,9 +35,9 @@ def test_rows_of_zeros_are_plain_lora() -> None:
 def test_rows_are_all_it_knows_people_by() -> None:
     opened, store, trainable = untrained.opened(method="sft_rows")
     opened = untrained.changed(opened, data__names="masked")
-    assert awareness.swap_gap(opened, trainable, store, "dev")["swap_gap"]["value"] != 0
+    assert awareness.measure(opened, trainable, store, "dev", every=False).metrics["swap_gap"]["value"] != 0
     same = {**trainable, "tower": jax.tree.map(np.ones_like, trainable["tower"])}
-    assert awareness.swap_gap(opened, same, store, "dev")["swap_gap"]["value"] == 0
+    assert awareness.measure(opened, same, store, "dev", every=False).metrics["swap_gap"]["value"] == 0
 
 
 @pytest.mark.usefixtures("one_device")

@@ -182,8 +182,8 @@ def embedding_maps(name: str, maps: Sequence[Map]) -> str:
         for text, q in zip(legend.get_texts(), names, strict=True):
             text.set_text(_short(q))
 
-    # Square panels, with room for titles and for three names a line.
-    height = rows * (WIDTH / min(2, len(shown)) + 0.3) + 0.18 * -(-(len(named) + 1) // 3)
+    # Nearly square panels, with room for titles and for three names a line.
+    height = rows * (0.8 * WIDTH / min(2, len(shown)) + 0.3) + 0.18 * -(-(len(named) + 1) // 3)
     return _svg(name, "Embeddings by cluster and querier", height, draw)
 
 
