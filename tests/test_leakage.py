@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -29,8 +30,9 @@ from qaperso.types import Dialogue, Turn
 WORLD = synthetic.make_world(3)
 
 
-def of_town(split: str = "test") -> list[Canary]:
-    return canaries.town(WORLD, [d for d in synthetic.make_dialogues(WORLD) if d.split == split])
+@functools.cache
+def of_town() -> list[Canary]:
+    return canaries.town(WORLD, [d for d in synthetic.make_dialogues(WORLD, 3) if d.split == "test"])
 
 
 def talk(number: int, asks: str, answers: str = "rex", split: str = "train") -> Dialogue:
@@ -140,6 +142,7 @@ def answers(found: Sequence[Canary], how: str) -> tuple[leakage.Write, leakage.S
     )
 
 
+@functools.cache
 def distinct() -> list[Canary]:
     """One canary for each wording of a question, so that a dialogue tells which canary is asked for."""
     return list({c.question.turns[0].text: c for c in of_town()}.values())
@@ -156,7 +159,7 @@ def test_the_oracle_tells_owners_only() -> None:
     # Rank 1 is the asker's own; of the other nine none is likelier.
     rest = math.log2(10) - np.log2(np.arange(2, 11)).mean()
     assert metrics["leak_exposure"]["value"] == pytest.approx(rest)
-    assert metrics["leak_exposure_chance"]["value"] == pytest.approx(leakage.chance(10)) > rest
+    assert metrics["leak_exposure_chance"]["value"] == pytest.approx(leakage.chance(10)) and rest < leakage.chance(10)
 
 
 def test_who_tells_all_tells_others_as_much_as_owners() -> None:
