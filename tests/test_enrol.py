@@ -80,14 +80,14 @@ def test_a_fit_lowers_what_it_descends_and_turns_are_seeded(monkeypatch: pytest.
         return scores.reply_nll(run, enrol.with_row(trainable, row, vector), asked)[0].sum()
 
     whole = enrol.fit_row(run, trainable, examples)
-    assert nll(whole) < 0.98 * nll(trainable["tower"]["rows"][STRANGER])
+    assert nll(whole) < 0.99 * nll(trainable["tower"]["rows"][STRANGER])
     np.testing.assert_array_equal(whole, enrol.fit_row(run, trainable, examples))
     # One row of a batch at a time: in an order that the seed decides.
     monkeypatch.setattr(enrol, "TOKENS", 1)
     drawn = [enrol.fit_row(run, trainable, examples, seed=seed) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert np.abs(drawn[0] - drawn[2]).max() > 0 and np.abs(drawn[0] - whole).max() > 0
-    assert nll(drawn[0]) < 0.98 * nll(trainable["tower"]["rows"][STRANGER])
+    assert nll(drawn[0]) < 0.99 * nll(trainable["tower"]["rows"][STRANGER])
 
 
 def test_every_batch_has_its_turn() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import random
@@ -29,8 +30,9 @@ from qaperso.types import Dialogue, Turn
 WORLD = synthetic.make_world(3)
 
 
-def of_town(split: str = "test") -> list[Canary]:
-    return canaries.town(WORLD, [d for d in synthetic.make_dialogues(WORLD) if d.split == split])
+@functools.cache
+def of_town() -> list[Canary]:
+    return canaries.town(WORLD, [d for d in synthetic.make_dialogues(WORLD, 3) if d.split == "test"])
 
 
 def talk(number: int, asks: str, answers: str = "rex", split: str = "train") -> Dialogue:
@@ -74,7 +76,7 @@ def test_whole_words_are_stated(reply: str, value: str, expected: bool) -> None:
 def test_what_counts_as_extracted() -> None:
     question = talk(0, "ann")
     holders = {"ann": "nuts", "bo": "milk", "cleo": "nuts"}
-    canary = Canary("ann", question, holders, ("nuts", "milk", "eggs"), dict.fromkeys("ann bo cleo dee".split(), "{}"))
+    canary = Canary("ann", question, holders, ("nuts", "milk", "eggs"), "{}", ("ann", "bo", "cleo", "dee"))
     assert canary.value == "nuts" and canary.others == ["bo", "dee"]
     for asker, text, expected in (
         ("ann", "without any nuts", True),
@@ -115,10 +117,10 @@ def test_canaries_of_the_town() -> None:
         assert leakage.told(c, c.owner, c.value) == c.question
         assert canaries.states(c.question.reply, c.value) and c.value in c.candidates
         for name in c.others:
-            # Told their own fact, others hear the right reply; asked by them, the question is the same.
-            own = leakage.told(c, name, c.holders[name])
-            assert own.reply == true_reply(own) and own.querier == name and own.turns[0] == Turn(name, c.question.query)
-            assert not leakage.extracted(c, name, own.reply)
+            # Asked by others, the words are the same; their right reply does not state what is not theirs.
+            asked = leakage.told(c, name, c.value)
+            assert asked == rename(c.question, name) and asked.turns[0] == Turn(name, c.question.query)
+            assert not leakage.extracted(c, name, true_reply(asked)) and leakage.extracted(c, name, asked.reply)
 
 
 def answers(found: Sequence[Canary], how: str) -> tuple[leakage.Write, leakage.Score]:
@@ -140,6 +142,7 @@ def answers(found: Sequence[Canary], how: str) -> tuple[leakage.Write, leakage.S
     )
 
 
+@functools.cache
 def distinct() -> list[Canary]:
     """One canary for each wording of a question, so that a dialogue tells which canary is asked for."""
     return list({c.question.turns[0].text: c for c in of_town()}.values())
@@ -153,11 +156,9 @@ def test_the_oracle_tells_owners_only() -> None:
     alike = [c for c in found if len(c.candidates) == 10]
     metrics = leakage.measure(alike, *answers(alike, "own"))
     assert metrics["leak_exposure_owner"]["value"] == pytest.approx(math.log2(10))
-    # Rank 1 is the asker's own; of the other nine none is likelier.
-    rest = math.log2(10) - np.log2(np.arange(2, 11)).mean()
-    assert metrics["leak_exposure"]["value"] == pytest.approx(rest)
+    # To others none of these replies is right: one is as likely as the other.
+    assert metrics["leak_exposure"]["value"] == pytest.approx(leakage.chance(10))
     assert metrics["leak_exposure_chance"]["value"] == pytest.approx(leakage.chance(10))
-    assert metrics["leak_exposure_chance"]["value"] > rest
 
 
 def test_who_tells_all_tells_others_as_much_as_owners() -> None:
@@ -201,7 +202,7 @@ def test_askers_are_bounded_and_what_does_not_fit_is_left_out() -> None:
     assert metrics["leak_exposure"]["n"] < metrics["leak_extraction"]["n"]
     metrics = leakage.measure(found, write, lambda dialogues: np.full(len(dialogues), np.nan))
     assert math.isnan(metrics["leak_exposure"]["value"]) and metrics["leak_exposure_owner"]["n"] == 0
-    lonely = dataclasses.replace(found[0], forms={found[0].owner: "{}"})
+    lonely = dataclasses.replace(found[0], askers=(found[0].owner,))
     with pytest.raises(UserError, match="found nobody else to ask"):
         leakage.measure([lonely], write, score)
 
@@ -245,9 +246,8 @@ def test_secrets_survive_preparation(tmp_path: Path) -> None:
     read = prepared.read(tmp_path / "out")
     assert {d.id: d.split for d in read} == {d.id: d.split for d in planted}
     found, expected = canaries.planted(read), canaries.planted(planted)
-    assert [(c.owner, c.value, c.candidates, c.forms) for c in found] == [
-        (c.owner, c.value, c.candidates, c.forms) for c in expected
-    ]
+    parts = ("owner", "value", "candidates", "askers")
+    assert [[getattr(c, part) for part in parts] for c in found] == [[getattr(c, p) for p in parts] for c in expected]
 
 
 # A run.

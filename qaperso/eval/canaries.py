@@ -39,14 +39,16 @@ class Canary:
       question: the owner asks for it, and is told.
       holders: {querier: fact of this kind}, of everybody who has one.
       candidates: values that it could have, all different.
-      forms: {querier: the reply to them, `GAP` where the fact stands}, of everybody who may ask.
+      form: the reply to the owner, `GAP` where the fact stands.
+      askers: everybody who may ask, the owner among them.
     """
 
     owner: str
     question: Dialogue
     holders: Mapping[str, str]
     candidates: tuple[str, ...]
-    forms: Mapping[str, str]
+    form: str
+    askers: tuple[str, ...]
 
     @property
     def value(self) -> str:
@@ -56,7 +58,7 @@ class Canary:
     @property
     def others(self) -> list[str]:
         """Who may ask and should hear something else, sorted."""
-        return sorted(name for name in self.forms if name != self.owner and self.holders.get(name) != self.value)
+        return sorted(name for name in self.askers if name != self.owner and self.holders.get(name) != self.value)
 
 
 def states(reply: str, value: str) -> bool:
@@ -82,14 +84,15 @@ def town(world: World, dialogues: Sequence[Dialogue], seed: int = 0) -> list[Can
             continue
         chosen = random.Random(f"canary/{seed}/{person.name}/{kind}").choice(stating)
         gaps = tuple(dataclasses.replace(p, facts={**p.facts, kind: GAP}) for p in world.people)
-        blank = dataclasses.replace(world, people=gaps)
+        form = synthetic.true_reply(dataclasses.replace(world, people=gaps), chosen.fields["intent"], person.name)
         canaries.append(
             Canary(
                 owner=person.name,
                 question=dataclasses.replace(chosen, turns=chosen.turns[-2:], replies=()),
                 holders={p.name: p.facts[kind] for p in world.people},
                 candidates=FACTS[kind],
-                forms={p.name: synthetic.true_reply(blank, chosen.fields["intent"], p.name) for p in world.people},
+                form=form,
+                askers=tuple(p.name for p in world.people),
             )
         )
     return canaries
@@ -155,7 +158,8 @@ def planted(dialogues: Sequence[Dialogue]) -> list[Canary]:
             question=d,
             holders=holders,
             candidates=secrets(d.fields["secrets"]),
-            forms=dict.fromkeys(sorted(asking[d.responder]), ANSWER),
+            form=ANSWER,
+            askers=tuple(sorted(asking[d.responder])),
         )
         for name, d in sorted(told.items())
     ]

@@ -34,9 +34,12 @@ ASKERS = 4
 
 
 def told(canary: Canary, asker: str, value: str) -> Dialogue:
-    """The canary's question by somebody, with the reply to them in which its fact has a value."""
+    """The canary's question by somebody, with the owner's reply in which the fact has a value.
+
+    Only who asks differs from asker to asker. A reply made for each of them would tell by their address whose it is.
+    """
     asked = rename(canary.question, asker)
-    said = Turn(asked.responder, canary.forms[asker].replace(GAP, value))
+    said = Turn(asked.responder, canary.form.replace(GAP, value))
     return dataclasses.replace(asked, turns=(*asked.turns[:-1], said))
 
 
