@@ -1,5 +1,6 @@
 # make demo   the main job on the embedded town, start to finish, a few minutes on two cores
 # make test   every fast test;  make prove  the slow tier, which writes docs/evidence
+# make results  what is missing of the suites' runs, resumable (MINUTES=30), and their tables
 # make bench  every benchmark, tens of minutes on two cores: benchmarks/results.json and a table
 PYTHON ?= python3
 VENV := .venv
@@ -9,11 +10,13 @@ RUNS ?= runs
 SCENES ?=
 # prepared data sets, for make bench
 DATA ?=
+# how long make results works
+MINUTES ?= 30
 
 # Huge pages for large arrays (glibc on Linux): faster training steps on CPUs. Other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test prove bench lint smollm2 extras clean
+.PHONY: demo test prove results bench lint smollm2 extras clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d found, 3.11 or newer needed; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -43,6 +46,9 @@ test: $(VENV)/.tested
 
 prove: $(VENV)/.tested smollm2
 	$(if $(SCENES),SCENES=$(SCENES)) $(RUN) -m pytest -m slow -s
+
+results: $(VENV)/.installed
+	$(RUN) -m qaperso.bench --suite configs/suite_town.py --output $(RUNS)/suite_town --minutes $(MINUTES)
 
 bench: $(VENV)/.benched smollm2
 	$(RUN) benchmarks/bench.py $(if $(DATA),--data $(DATA))

@@ -5,7 +5,7 @@ Useful tokens per second: what the layout of batches is worth. Useful are the to
 Data sets are those of python -m qaperso.prepare, tokenised as SmolLM2 does; where people have ids for names (chitchat)
 the names are masked. Values of weights are random. On every side LoRA of rank 16 on seven projections, no dropout, AdamW.
 
-- packed: batches as configs/qar_smollm2.py has them, the contrast plan for QAR and for sft.
+- packed: batches as configs/qar_smollm2.py has them but of four rows, the contrast plan for QAR and for sft.
 - published (arXiv 2412.11736): for every reply its window of up to six turns as a sequence of its own, padded to 592
   tokens, four a batch, loss and logits at every position; the same QAR step otherwise, on as many devices.
 - peer: transformers + peft on the same windows, padded to the longest of their batch, the loss on the reply only. It gets
@@ -46,7 +46,8 @@ from qaperso.types import Batch, Example
 LIMIT = 400
 BATCH_SIZES = (4, 8, 16)
 POOL = 50
-PUBLISHED_ROWS = 4
+# Of our batches, packed and published.
+ROWS = 4
 # QAR packed / published, by the format of the data set.
 TARGETS = {"chitchat": 5.5}
 TARGET = 7.0
@@ -134,6 +135,7 @@ def data_config(data: Path) -> tuple[str, Any]:
     """The format that a prepared data set was read from, and configs/qar_smollm2.py for it."""
     config = configs.load(ROOT / "configs" / "qar_smollm2.py")
     config.data.path = str(data)
+    config.batch.rows = ROWS
     kind = json.loads((data / "stats.json").read_text(encoding="utf-8"))["format"]["name"]
     config.data.names = "masked" if kind == "chitchat" else "visible"
     return kind, config
@@ -150,12 +152,12 @@ class Bench:
         else:
             self.kind, config = "town", configs.load(ROOT / "configs" / "quickstart.py")
             config.base, config.qar.contrast = "random", "prototypes"
-            config.batch.rows = 4
+            config.batch.rows = ROWS
         config.dtype = options.dtype or config.dtype
         self.config = config
         self.corpus = packing.Corpus(config, 40 if options.quick else LIMIT)
         length = 2 * config.batch.length if options.quick else packing.PUBLISHED
-        self.published = Shape(PUBLISHED_ROWS, length, length, 1)
+        self.published = Shape(ROWS, length, length, 1)
         self.model = ours.TINY if options.quick else ours.SMOLLM2
         assert len(self.corpus.tokenizer) <= self.model.vocab
 

@@ -162,7 +162,7 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         "trace_seconds": program.trace_seconds,
         "compile_seconds": program.compile_seconds,
         **program.memory(),
-        "flops_a_token": step.step_flops(program.state.trainable, program.base, 1),
+        "flops_a_position": sum(step.step_flops(program.state.trainable, program.base)),
         "trainable": sum(x.size for x in jax.tree.leaves(program.state.trainable)),
     }
     return facts, {"steps": steps, "peak": peak, "compile": program.compile_again}

@@ -1,4 +1,4 @@
-"""QAR on SmolLM2-135M-Instruct and Shakespeare's dialogues: five responders, each with several queriers.
+"""QAR on SmolLM2-135M-Instruct and Shakespeare's dialogues: twelve responders, each with several queriers.
 
 Needs `make smollm2` and a data set that `python -m qaperso.prepare` made (see docs/results.md), named by --config.data.path.
 """
@@ -14,14 +14,14 @@ def get_config():
     c.remat = "dots"
     c.data.format = "prepared"
     c.data.clusters = 0
-    c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 4, 512, 448, 16
+    c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 4, 256, 224, 8
     c.lora.rank, c.lora.alpha, c.lora.dropout = 16, 16.0, 0.0
-    c.qar.contrast, c.qar.memory = "prototypes", "means"
+    c.qar.contrast = "in_batch"
     c.qar.drop_row = 0.3
     c.qar.weight = 0.1
     c.optimizer.lr, c.optimizer.warmup = 1e-3, 10
-    c.steps = 80
+    c.steps = 150
     c.log_every = 5
-    c.checkpoint_every = 20
+    c.checkpoint_every = 50
     c.generate.max_new_tokens = 48
     return c

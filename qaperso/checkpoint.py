@@ -127,13 +127,16 @@ def choose(folder: Path) -> int:
 
 def load_trainable(folder: Path, step: int, trainable: Tree, memory: Tree) -> tuple[Tree, Tree]:
     """Trainable and memory trees of a step, shaped and sharded like the given (abstract) trees."""
+    wanted = {"trainable": trainable, "memory": memory}
+    wanted = {name: tree for name, tree in wanted.items() if jax.tree.leaves(tree)}
+    if not wanted:
+        return trainable, memory
     with _open(folder, read_only=True) as manager:
-        wanted = {"trainable": trainable} | ({"memory": memory} if jax.tree.leaves(memory) else {})
         for name, tree in wanted.items():
             _compare(manager.directory / str(step) / name, tree, f"checkpoint {step}, {name}")
         args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in wanted.items()}
         found = manager.restore(step, args=ocp.args.Composite(**args))
-    return found["trainable"], found.get("memory") or memory
+    return found.get("trainable", trainable), found.get("memory", memory)
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -21,10 +21,11 @@ CHOICES = {
     "remat": ("full", "dots"),
     "trainable": ("adapters", "all"),
     "data.format": ("synthetic", "synthetic_base", "prepared"),
-    "data.names": ("visible", "masked"),
+    "data.names": ("visible", "responder", "masked"),
     "data.labels": ("reply", "all"),
     "qar.contrast": ("none", "in_batch", "prototypes"),
     "qar.memory": ("means", "bank"),
+    "prompts.kind": ("zero_shot", "responder", "querier", "retrieved", "history"),
 }
 
 
@@ -32,7 +33,7 @@ CHOICES = {
 POSITIVE = (
     *("steps", "log_every", "checkpoint_every", "dev_dialogues", "keep_latest", "model", "batch", "lora.rank"),
     *("qar.rank", "qar.head_dim", "qar.bank_size", "qar.temperature", "data.per_pair", "data.count"),
-    *("optimizer.lr", "optimizer.clip", "generate.max_new_tokens"),
+    *("optimizer.lr", "optimizer.clip", "generate.max_new_tokens", "prompts.examples", "prompts.tokens"),
 )
 NOT_NEGATIVE = (
     *(
@@ -70,7 +71,7 @@ def default() -> ConfigDict:
             per_pair=6,  # embedded world: dialogues for each intent and querier
             count=4000,  # embedded base world: dialogues
             seed=0,
-            names="visible",  # "masked": speakers are called user and assistant
+            names="visible",  # "masked": speakers are called user and assistant; "responder": only the querier is hidden
             labels="reply",  # "all": every responder turn is learned
             context=5,  # turns that a reply of a long dialogue sees at least, where they fit
             clusters=16,  # 0 = as given by the data
@@ -95,6 +96,8 @@ def default() -> ConfigDict:
             temperature=0.1,
         )
     )
+    # A preface: replies it shows (in a profile, or with their queries), and tokens it takes at most.
+    c.prompts = ConfigDict(dict(kind="zero_shot", examples=4, tokens=256))
     c.optimizer = ConfigDict(dict(lr=1e-3, warmup=20, final=0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0))
     c.generate = ConfigDict(dict(max_new_tokens=64, temperature=0.0, top_p=1.0))
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
@@ -202,6 +205,8 @@ def _check(config: ConfigDict) -> None:
     for rule in config.sharding:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
             raise UserError(f"config.sharding holds {rule!r}, expected pairs of a regex and a mesh axis")
+    if config.method == "prompts" and (config.compat or config.trainable != "adapters"):
+        raise UserError("config.method='prompts' needs compat='' and trainable='adapters': it trains nothing")
     if config.compat == "paper" and (config.qar.contrast, config.batch.dialogues) != ("prototypes", 1):
         raise UserError("config.compat='paper' needs qar.contrast='prototypes' and batch.dialogues=1, as published")
 

@@ -1,98 +1,168 @@
-"""python -m qaperso.evaluate --workdir DIR [DIR ...] [--split test]
+"""python -m qaperso.evaluate --workdir DIR [DIR ...] [--against DIR ...] [--split test]
 
-Scores runs by the checkpoint that was best on dev. Prints one table, a column a run, and writes DIR/eval.json (for the
-test split) or DIR/eval_SPLIT.json.
+Scores runs by the checkpoint that was best on dev. Prints one table, a column a run, and a second one of paired differences
+to the runs of --against. Every run gets predictions.jsonl, its replies, by which an evaluation that was stopped goes on;
+those of --workdir get eval.json, report.html and items.npz, the scores of single dialogues. For another split than test
+the files are called NAME_SPLIT.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import collections
+import dataclasses
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from qaperso import batching, checkpoint, reply
-from qaperso.data import load, synthetic
+from qaperso import checkpoint
+from qaperso import config as configs
+from qaperso.data import load
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
-from qaperso.eval import awareness, identify, intervals, paired, report, scores
-from qaperso.generate import Sampling
+from qaperso.eval import compare, gather, measure, overlap, page, predictions, report
+from qaperso.eval.measure import Measured, Wanted
+from qaperso.eval.page import Report
 from qaperso.mesh import start_runtime
-from qaperso.run import Run, open_run, read_record, restore
+from qaperso.run import open_run, read_record, restore
 
 Tree = Any
+Metrics = dict[str, dict[str, Any]]
 
 
-def evaluate(
-    run: Run, trainable: Tree, store: Store, split: str, replies: int | None, queries: int = 0
-) -> dict[str, dict[str, Any]]:
-    """All metrics of a run on a split, each {"value", "low", "high", "n"}; without a value a "note" says why.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """What was found of a run.
+
+    Attributes:
+      name: in tables.
+      folder, step: of the run and its checkpoint.
+      found: all that was measured.
+      metrics: each {"value", "low", "high", "n"}, None where there is no number.
+      report: its page without the tables, which compare runs; None for a run that gets no page.
+    """
+
+    name: str
+    folder: Path
+    step: int
+    found: Measured
+    metrics: Metrics
+    report: Report | None
+
+
+def evaluate(folder: Path, name: str, store: Store, split: str, wanted: Wanted, paged: bool) -> Scored:
+    """Scores a run on a split of its data.
 
     Args:
-      run, trainable: what is scored.
-      store: of the run's data.
-      split: one of `splits.SPLITS`.
-      replies: write replies to so many dialogues, evenly spread over the split; None = all.
-      queries: put so many queries to several queriers each.
+      folder: of the run.
+      name: of the run in tables; the step is added.
+      store: of its data.
+      split: one of `splits.SPLITS`, with at least one dialogue.
+      wanted: what is measured.
+      paged: whether the run gets a page.
     """
-    metrics = awareness.swap_gap(run, trainable, store, split)
-    if queries:
-        answers = same_queries(run, trainable, store, split, queries)
-        metrics |= paired.metrics(answers, identify.names(store.dialogues))
-    indices = store.split(split)
-    if replies is not None and replies < len(indices):
-        indices = indices[np.linspace(0, len(indices) - 1, replies).round().astype(int)]
-    fitting = {e.index for e in run.examples(store, split)[0]}
-    indices = np.array([i for i in indices if int(i) in fitting], int)
-    if not len(indices):
-        return metrics
-    dialogues = [store.dialogues[i] for i in indices]
-    g = run.config.generate
-    # A dialogue's seed is its own, whichever others are asked.
-    seeds = [np.random.SeedSequence([run.config.seed, i]).generate_state(1).item() for i in indices]
-    samplings = [Sampling(g.max_new_tokens, g.temperature, g.top_p, seed) for seed in seeds]
-    model = batching.prepare(run, trainable)
-    written = reply.replies(model, dialogues, store.row[indices].tolist(), samplings)
-    groups = [d.group for d in dialogues]
-    for name, values in scores.rouge([d.reply for d in dialogues], written).items():
-        metrics[name] = intervals.bootstrap(values, np.ones(len(values)), groups)
-    metrics |= identify.metrics(identify.judge(store, indices, written))
-    if run.config.data.format == "synthetic":
-        metrics |= town_scores(run, dialogues, written)
-    return metrics
+    run = open_run(folder)
+    trainable, _, step = restore(run)
+    found = measure.measure(run, trainable, store, split, step, wanted, predictions.file_of(folder, split))
+    for note in found.notes:
+        print(f"{folder}: {note}", file=sys.stderr)
+    shown = None
+    if paged:
+        shown = gather.report(run, trainable, store, split, step, found.items, found.records, found.embedded)
+        others = gather.asked_by_others(run, store, split)
+        if found.records and others.dialogues:
+            path = predictions.file_of(folder, split, "across")
+            records = predictions.collect(run, trainable, others, split, range(len(others.dialogues)), step, path)
+            shown = dataclasses.replace(shown, across=gather.across(store, split, records))
+        shown = dataclasses.replace(shown, notes=found.notes)
+    return Scored(f"{name} @{step}", folder, step, found, report.jsonable(found.metrics), shown)
 
 
-def same_queries(run: Run, trainable: Tree, store: Store, split: str, count: int) -> list[paired.Asked]:
-    """Replies to `count` queries of a split, each as to several queriers; see `paired.ask`."""
-    model, g = batching.prepare(run, trainable), run.config.generate
-    ways = functools.partial(reply.replies, model), functools.partial(reply.fits, run)
-    how = Sampling(g.max_new_tokens, g.temperature, g.top_p)
-    return paired.ask(*ways, store, store.split(split), count, how, seed=run.config.seed)
+def store_reader() -> Callable[[Path], Store]:
+    """A function from a run's folder to the data that it was trained on; runs of equal data share it."""
+    stores: dict[str, Store] = {}
+
+    def read(folder: Path) -> Store:
+        config = configs.from_json(read_record(folder)["config"])
+        key = json.dumps(configs.to_json(config)["data"], sort_keys=True)
+        if key not in stores:
+            stores[key] = load.load_store(config.data)
+        return stores[key]
+
+    return read
 
 
-def town_scores(run: Run, dialogues: Sequence[Any], written: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The embedded world's exact scores: over all dialogues, over held-out (intent, querier) pairs, and chance."""
-    found = [synthetic.score_reply(d, text) for d, text in zip(dialogues, written, strict=True)]
-    held_out = [d.fields["held_out"] for d in dialogues]
+def check_data(folders: Sequence[Path], against: Sequence[Path], split: str, read: Callable[[Path], Store]) -> None:
+    """Makes sure that every run has the split and that those to be compared share it.
 
-    def mean(part: str, keep: Sequence[bool]) -> dict[str, float]:
-        values = [f[part] for f, k in zip(found, keep, strict=True) if k and part in f]
-        groups = [d.group for d, f, k in zip(dialogues, found, keep, strict=True) if k and part in f]
-        return intervals.bootstrap(np.array(values), np.ones(len(values)), groups)
+    Raises:
+      UserError: a run has no dialogue in the split, or others than the run it is compared with.
+    """
+    for folder in (*folders, *against):
+        store = read(folder)
+        if not len(store.split(split)):
+            found = collections.Counter(d.split for d in store.dialogues)
+            there = ", ".join(f"{name} ({found[name]})" for name in SPLITS if found[name])
+            raise UserError(
+                f"{folder}: its data has no dialogue in the {split} split; give a --split that it has: {there}"
+            )
+    for ours in folders:
+        for theirs in against:
+            mine, others = ([s.dialogues[i] for i in s.split(split)] for s in (read(ours), read(theirs)))
+            compare.check_same(str(ours), mine, str(theirs), others, split)
 
-    everything = [True] * len(found)
-    result = {part: mean(part, everything) for part in ("exact", "address", "register", "fact")}
-    if any(held_out):
-        result["exact_heldout"] = mean("exact", held_out)
-    world = synthetic.make_world(run.config.data.seed)
-    for part, value in synthetic.chance(world, dialogues).items():
-        result[f"{part}_chance"] = {"value": value, "low": value, "high": value, "n": len(dialogues)}
+
+def differences(ours: Scored, theirs: Sequence[Scored]) -> dict[str, Metrics]:
+    """Paired differences of a run to others, by their names; see `compare.paired`, `overlap.compare`."""
+    result = {}
+    for other in theirs:
+        if ours.found.items.vocabulary != other.found.items.vocabulary:
+            print(
+                f"{ours.folder} and {other.folder} have different tokenisers: what is counted in nats per token is not "
+                "compared",
+                file=sys.stderr,
+            )
+        gaps = compare.paired(ours.found.items, other.found.items)
+        written = {record["id"]: record["reply"] for record in other.found.records}
+        both = [record for record in ours.found.records if record["id"] in written]
+        if both:
+            references, groups = ([record[key] for record in both] for key in ("reference", "group"))
+            texts = [record["reply"] for record in both], [written[record["id"]] for record in both]
+            gaps = overlap.compare(references, *texts, groups) | gaps
+        result[other.name] = report.jsonable(gaps)
     return result
+
+
+def check_arguments(known: argparse.Namespace) -> tuple[list[Path], list[Path]]:
+    """The folders of --workdir and --against; before anything is scored, which takes long.
+
+    Raises:
+      UserError: an argument is wrong, or a folder is no run.
+    """
+    if known.split not in SPLITS:
+        raise UserError(f"--split is '{known.split}', expected one of {', '.join(SPLITS)}")
+    for option in ("replies", "paired"):
+        if (number := getattr(known, option)) is not None and number < 0:
+            raise UserError(f"--{option} is {number}, expected 0 or more")
+    folders, against = ([Path(name) for name in names] for names in (known.workdir, known.against))
+    seen: set[Path] = set()
+    for folder in (*folders, *against):
+        read_record(folder)
+        if folder.resolve() in seen:
+            raise UserError(f"'{folder}' is given twice in --workdir and --against; name each run once")
+        seen.add(folder.resolve())
+    if known.report is not None:
+        if len(folders) > 1:
+            raise UserError(
+                f"--report is one file, but --workdir names {len(folders)} runs with a page each; leave --report out"
+            )
+        target = Path(known.report)
+        if target.is_dir() or not target.parent.is_dir():
+            raise UserError(f"--report '{target}' is a folder or lies in none; give a file in a folder that exists")
+    return folders, against
 
 
 @command
@@ -100,35 +170,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m qaperso.evaluate", description=__doc__, allow_abbrev=False)
     parser.add_argument("--workdir", required=True, nargs="+", metavar="DIR")
+    parser.add_argument("--against", default=[], nargs="+", metavar="DIR", help="runs to compare each workdir with")
     parser.add_argument("--split", default="test", metavar="|".join(SPLITS))
     parser.add_argument("--replies", type=int, metavar="N", help="write replies to N dialogues only (default: all)")
     parser.add_argument(
+        "--awareness", action="store_true", help="true replies under every kind of other querier; retrieval of queriers"
+    )
+    parser.add_argument(
         "--paired", type=int, default=0, metavar="N", help="put N queries to several queriers each (default: 0)"
     )
+    parser.add_argument("--unseen", action="store_true", help="fit rows of the unseen split's queriers, and score them")
+    parser.add_argument("--leakage", action="store_true", help="ask for canary facts as their owners and as others")
+    parser.add_argument("--report", metavar="FILE", help="the page of a single workdir (default: DIR/report.html)")
     known = parser.parse_args(arguments)
-    if known.split not in SPLITS:
-        raise UserError(f"--split is '{known.split}', expected one of {', '.join(SPLITS)}")
-    if known.replies is not None and known.replies < 0:
-        raise UserError(f"--replies is {known.replies}, expected 0 or more")
-    if known.paired < 0:
-        raise UserError(f"--paired is {known.paired}, expected 0 or more")
-    for name in known.workdir:  # before the first is scored, which takes long
-        read_record(Path(name))
+    folders, against = check_arguments(known)
     start_runtime()
-    columns = {}
-    for name in known.workdir:
-        workdir = Path(name)
-        run = open_run(workdir)
-        trainable, _, step = restore(run)
-        store = load.load_store(run.config.data)
-        metrics = report.jsonable(evaluate(run, trainable, store, known.split, known.replies, known.paired))
-        target = workdir / ("eval.json" if known.split == "test" else f"eval_{known.split}.json")
-        content = {"metrics": metrics, "config": run.record["config"], "step": step, "split": known.split}
-        checkpoint.write_json(target, content)
-        # Runs of one name in two folders are two columns.
-        alone = [Path(other).name for other in known.workdir].count(workdir.name) == 1
-        columns[f"{workdir.name if alone else name} @{step}"] = metrics
-    report.show(f"{known.split} split, 95% intervals", columns)
+    read = store_reader()
+    check_data(folders, against, known.split, read)
+    # Runs of one name in two folders are two columns.
+    short = [folder.resolve().name for folder in (*folders, *against)]
+    names = {f: n if short.count(n) == 1 else str(f) for f, n in zip((*folders, *against), short, strict=True)}
+
+    wanted = Wanted(known.replies, known.awareness, known.paired, known.unseen, known.leakage)
+    theirs = [evaluate(f, names[f], read(f), known.split, wanted, paged=False) for f in against]
+    ours, found = [], {}
+    suffix = "" if known.split == "test" else f"_{known.split}"
+    for folder in folders:
+        run = evaluate(folder, names[folder], read(folder), known.split, wanted, paged=True)
+        ours.append(run)
+        found[run.name] = differences(run, theirs)
+        config = read_record(folder)["config"]
+        content = {"metrics": run.metrics, "config": config, "step": run.step, "split": known.split}
+        content |= {"against": found[run.name]} if theirs else {}
+        checkpoint.write_json(folder / f"eval{suffix}.json", content)
+    for run in ours:
+        columns = {s.name: s.metrics for s in (run, *(s for s in (*ours, *theirs) if s is not run))}
+        compared = {f"{run.name} \u2212 {name}": values for name, values in found[run.name].items()}
+        target = Path(known.report) if known.report else run.folder / f"report{suffix}.html"
+        page.write(dataclasses.replace(run.report, metrics=columns, against=compared), target)
+        print(f"page of {run.name}: {target}", file=sys.stderr)
+        compare.save(run.folder / f"items{suffix}.npz", run.found.items)
+
+    report.show(f"{known.split} split, 95% intervals", {s.name: s.metrics for s in (*ours, *theirs)})
+    if theirs:
+        pairs = {f"{a} - {b}": values for a, others in found.items() for b, values in others.items()}
+        report.show("paired differences over the same dialogues, 95% intervals", pairs)
     return 0
 
 

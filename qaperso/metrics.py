@@ -58,23 +58,24 @@ def cut_back(path: Path, step: int) -> None:
 class Meter:
     """Speed since the last report."""
 
-    def __init__(self, flops_per_token: float, peak_flops: float, steps: int):
-        self._flops, self._peak, self._steps = flops_per_token, peak_flops, steps
-        self._time, self._tokens, self._step = time.perf_counter(), 0.0, None
+    def __init__(self, flops: tuple[float, float], peak_flops: float, steps: int):
+        """`flops` of a token and of a prediction, see `step.step_flops`."""
+        self._flops, self._peak, self._steps = flops, peak_flops, steps
+        self._time, self._tokens, self._work, self._step = time.perf_counter(), 0.0, 0.0, None
 
-    def count(self, tokens: float) -> None:
-        """Adds a finished step's tokens (padding left out)."""
+    def count(self, tokens: float, predicted: float) -> None:
+        """Adds a finished step's tokens (padding left out) and predictions."""
         self._tokens += tokens
+        self._work += tokens * self._flops[0] + predicted * self._flops[1]
 
     def report(self, step: int) -> dict[str, float]:
         """tokens_per_second, mfu (share of the peak), eta (seconds) since the last report."""
         now = time.perf_counter()
-        seconds, tokens = max(now - self._time, 1e-9), self._tokens
+        seconds, tokens, work = max(now - self._time, 1e-9), self._tokens, self._work
         done = step - self._step if self._step is not None else 0
-        self._time, self._tokens, self._step = now, 0.0, step
-        speed = tokens / seconds
+        self._time, self._tokens, self._work, self._step = now, 0.0, 0.0, step
         eta = (self._steps - step) * seconds / done if done else math.nan
-        return {"tokens_per_second": speed, "mfu": speed * self._flops / self._peak, "eta": eta}
+        return {"tokens_per_second": tokens / seconds, "mfu": work / seconds / self._peak, "eta": eta}
 
 
 def measure_peak(dtype: str, size: int = 2048) -> float:

@@ -15,12 +15,12 @@ from qaperso.types import Dialogue, Turn
 
 
 def make_prompt(run: Run, dialogue: Dialogue) -> Encoded:
-    """Tokens of what stands before a dialogue's reply, by the run's method.
+    """Tokens of what stands before a dialogue's last reply, by the run's method.
 
     Raises:
       UserError: the query alone is longer than a row.
     """
-    turns = run.method.prompt(run.setting, dialogue)
+    turns = dialogue.turns[:-1]
     length, names = run.config.batch.length, run.config.data.names
     how = run.tokenizer, run.template
     e: Encoded | None
@@ -28,7 +28,8 @@ def make_prompt(run: Run, dialogue: Dialogue) -> Encoded:
         e, _ = paper.encode_eval(*how, [*turns, Turn(dialogue.responder, "")], dialogue.responder, length)
         e = None if e.cut else e  # it cuts the end off, where the reply is to stand
     else:
-        e = encode_prompt(*how, turns, dialogue.responder, length=length, names=names)
+        bounds = dict(length=length, names=names, preface=run.preface(dialogue))
+        e = encode_prompt(*how, turns, dialogue.responder, **bounds)
     if e is None:
         raise UserError(f"a query is longer than batch.length={length} tokens: {turns[-1].text[:60]!r}...; shorten it")
     return e

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,15 @@ from qaperso import config as configs
 from qaperso.data import load, paper, synthetic
 from qaperso.data.plan import Shape
 from qaperso.data.store import Registry, Store
-from qaperso.data.text import Encoded, Template, Tokenizer, encode_dialogue, template_of
+from qaperso.data.text import (
+    Encoded,
+    Template,
+    Tokenizer,
+    encode_dialogue,
+    scored_turns,
+    template_of,
+    turn_size,
+)
 from qaperso.errors import UserError
 from qaperso.mesh import make_mesh
 from qaperso.methods import Setting
@@ -31,7 +40,7 @@ from qaperso.models import decoder, hf, lora
 from qaperso.models import tokenizer as tokenizers
 from qaperso.models.base import Location
 from qaperso.models.config import DecoderConfig, RopeScaling
-from qaperso.types import Dialogue, Example
+from qaperso.types import Dialogue, Example, Turn
 
 Tree = Any
 RECORD = "run.json"
@@ -51,6 +60,7 @@ class Run:
       tokenizer, template: of the base.
       base: frozen parameters; {} when everything is trained.
       record: what `run.json` holds.
+      store: the data whose history the method reads; None where it was opened without.
     """
 
     workdir: Path
@@ -62,6 +72,7 @@ class Run:
     template: Template
     base: Tree
     record: dict
+    store: Store | None = None
 
     @property
     def config(self) -> Any:
@@ -81,31 +92,44 @@ class Run:
     def examples(self, store: Store, split: str, limit: int | None = None) -> tuple[list[Example], int]:
         """Tokenised dialogues of a split (the first `limit`), and how many replies were left out as too long."""
         # Every split but training predicts replies only: scores compare runs whatever they learned from.
-        encode = functools.partial(self.encode, labels=self.config.data.labels if split == "train" else "reply")
-        return load.encode_split(store, store.split(split)[:limit], encode, self.shape)
+        labels = self.config.data.labels if split == "train" else "reply"
+        encode = functools.partial(self.encode, labels=labels)
+        return load.encode_split(store, store.split(split)[:limit], encode, self.shape, labels)
 
     def encode(self, dialogue: Dialogue, labels: str = "reply") -> list[Encoded]:
-        """Tokens of a dialogue with the prompt that the method makes of it, as sequences that fit a row each."""
-        turns = [*self.method.prompt(self.setting, dialogue), dialogue.turns[-1]]
+        """Tokens of a dialogue, with what the method puts before it, as sequences that fit a row each."""
         batch, data = self.config.batch, self.config.data
+        turns, responder = dialogue.turns, dialogue.responder
         if self.config.compat == "paper":
-            found = paper.encode_train(self.tokenizer, self.template, turns, dialogue.responder, batch.length)
+            found = paper.encode_train(self.tokenizer, self.template, turns, responder, batch.length)
             fits = found is not None and found.predicted.sum() <= batch.targets
             return [dataclasses.replace(found, replies=1)] if fits else []
-        # What a method puts before the dialogue moves its replies.
-        shift = len(turns) - len(dialogue.turns)
-        return encode_dialogue(
-            self.tokenizer,
-            self.template,
-            turns,
-            dialogue.responder,
-            length=batch.length,
-            targets=batch.targets,
-            replies=[i + shift for i in dialogue.replies],
-            context=data.context,
-            labels=labels,
-            names=data.names,
-        )
+        asked = scored_turns(turns, responder, dialogue.replies, labels)
+        prefaces = [(self.preface(dialogue, i), i) for i in asked]
+        result = []
+        # Replies next to each other that see the same preface share sequences.
+        for preface, replies in itertools.groupby(prefaces, key=lambda p: p[0]):
+            group = [i for _, i in replies]
+            result += encode_dialogue(
+                self.tokenizer,
+                self.template,
+                turns[: group[-1] + 1],
+                responder,
+                length=batch.length,
+                targets=batch.targets,
+                replies=group,
+                context=data.context,
+                names=data.names,
+                preface=preface,
+            )
+        return result
+
+    def preface(self, dialogue: Dialogue, reply: int = -1) -> tuple[Turn, ...]:
+        """What the method puts before a dialogue of which turn number `reply` is asked for; that turn is blank."""
+        turns = dialogue.turns[:reply]
+        asked = dataclasses.replace(dialogue, turns=(*turns, Turn(dialogue.responder, "")), replies=())
+        size = functools.partial(turn_size, self.tokenizer, self.template)
+        return tuple(self.method.preface(self.setting, self.store, asked, size))
 
 
 def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
@@ -139,14 +163,14 @@ def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
     base, digest = load_base(config, location, model, mesh)
     path = str(location.path.resolve()) if location.path else ""
     record["base"] = {"name": config.base, "path": path, "sha256": digest}
-    return Run(workdir, setting, method, mesh, store.registry, tokenizer, template, base, record), store
+    return Run(workdir, setting, method, mesh, store.registry, tokenizer, template, base, record, store), store
 
 
 def open_run(workdir: Path) -> Run:
     """Opens a run that was trained before, with the base it was trained on.
 
     Raises:
-      UserError: no run there, or its base is gone or has changed.
+      UserError: no run there; its base is gone or has changed, or the data has, where its method reads history.
     """
     record = read_record(workdir)
     config = configs.from_json(record["config"])
@@ -171,7 +195,24 @@ def open_run(workdir: Path) -> Run:
             f"{record['base']['sha256'][:12]}); bring the old weights back or train again"
         )
     method = methods.load(config.method)
-    return Run(workdir, setting, method, mesh, registry, tokenizer, template_of(tokenizer), base, record)
+    store = _store_again(workdir, config, record) if method.reads_history(setting) else None
+    return Run(workdir, setting, method, mesh, registry, tokenizer, template_of(tokenizer), base, record, store)
+
+
+def _store_again(workdir: Path, config: Any, record: dict) -> Store:
+    """The data of a run that was made before, checked against its record."""
+    try:
+        store = load.load_store(config.data)
+    except UserError as error:
+        raise UserError(f"{workdir}: config.method='{config.method}' reads the history of its data: {error}") from error
+    found = {"registry": store.registry.to_json(), "classes": {k: v.tolist() for k, v in store.classes.items()}}
+    for part, what in json.loads(json.dumps(found)).items():
+        if what != record[part]:
+            raise UserError(
+                f"{workdir}: config.method='{config.method}' reads the history of its data, which has changed since the "
+                f"run was made ({part}); bring the old data back, or make the run again"
+            )
+    return store
 
 
 def read_record(workdir: Path) -> dict:
@@ -277,7 +318,9 @@ def load_weights(location: Location, model: DecoderConfig, dtype: Any, mesh: Mes
     earlier = open_run(location.path)
     trainable, _, _ = restore(earlier)
     if "tower" in trainable:
-        raise UserError(f"config.base '{location.path}' is a run with two towers, which no single decoder can replace")
+        raise UserError(
+            f"config.base '{location.path}' is a run with two towers or querier rows, which no single decoder can replace"
+        )
     params = earlier.params_of(trainable)
     if "lora" in trainable:
         lora_config = earlier.config.lora

@@ -216,11 +216,21 @@ def params_hash(trainable: Tree) -> str:
     return digest.hexdigest()
 
 
-def step_flops(trainable: Tree, base: Tree, tokens: int) -> float:
-    """Model FLOPs of one training step: 2 per parameter and token forward, twice that backward through activations,
-    and again for gradients of trainable kernels. Embedding tables are look-ups and count nothing."""
+def step_flops(trainable: Tree, base: Tree) -> tuple[float, float]:
+    """Model FLOPs of a training step, for each token and for each prediction.
 
-    def size(tree: Tree) -> int:
-        return sum(math.prod(x.shape) for n, x in arrays.flat(tree).items() if not n.endswith(("embed", "rows")))
-
-    return float(tokens) * (4.0 * (size(base) + size(trainable)) + 2.0 * size(trainable))
+    2 a kernel's entry forward and 2 backward through activations, 2 more for the gradient of a trained one. The output
+    table, tied or not, works where something is predicted only; look-ups, the contrast's heads and attention's scores
+    count nothing, and what is recomputed or applied by two towers counts once.
+    """
+    frozen, trained = arrays.flat(base), arrays.flat(trainable)
+    last = {name: name.rsplit("/", 1)[-1] for name in (*frozen, *trained)}
+    output = "head" if "head" in last.values() else "embed"
+    token = prediction = 0.0
+    for leaves, each in ((frozen, 4.0), (trained, 6.0)):
+        for name, x in leaves.items():
+            if last[name] == output:
+                prediction += each * math.prod(x.shape)
+            elif last[name] not in ("embed", "rows") and not name.startswith("heads/"):
+                token += each * math.prod(x.shape)
+    return token, prediction

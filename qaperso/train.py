@@ -1,7 +1,7 @@
 """python -m qaperso.train --config configs/x.py --workdir DIR [--config.key=value ...]
 
-Trains, or goes on where the workdir's newest checkpoint stopped. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM
-after saving.
+Trains, or goes on where the workdir's newest checkpoint stopped. A method that trains nothing is validated and recorded as
+it is, with a checkpoint of step 0. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM after saving.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qaperso.data.store import Store
 from qaperso.errors import UserError, command
 from qaperso.eval import scores
 from qaperso.mesh import put_batch, start_runtime
-from qaperso.run import CHECKPOINTS, Run, claim_workdir, initialise, new_run
+from qaperso.run import CHECKPOINTS, Run, claim_workdir, declare, initialise, new_run
 from qaperso.types import Batch, Example
 
 Tree = Any
@@ -41,6 +41,8 @@ def train(config: Any, workdir: Path) -> int:
     """Trains one run to its last step, from wherever it is. Returns the exit code."""
     # 1. Data, base, and the folder, in that order: bad input is found before anything is written.
     run, store = new_run(config, workdir)
+    if not declare(run)[0]:
+        return keep(run, store)
     examples, left_out = run.examples(store, "train")
     dev, _ = run.examples(store, "dev", config.dev_dialogues)
     claim_workdir(run)
@@ -90,13 +92,40 @@ def train(config: Any, workdir: Path) -> int:
     return code
 
 
+def keep(run: Run, store: Store) -> int:
+    """Makes a run of a method that trains nothing: a record, a line of metrics, a checkpoint of step 0; 0, the exit code.
+
+    Where they are there already nothing is done.
+    """
+    config = run.config
+    dev, _ = run.examples(store, "dev", config.dev_dialogues)
+    claim_workdir(run)
+    optimizer, _ = step.make_optimizer(config, config.steps)
+    state, _ = step.start(run.setting, run.method, optimizer, *initialise(run), run.mesh)
+    writer = checkpoint.Writer(run.workdir / CHECKPOINTS, config.keep_latest, config.keep_best)
+    if writer.latest() is None:
+        with jax.set_mesh(run.mesh):
+            found = validate(run, state.trainable, dev)
+        if jax.process_index() == 0:
+            record = metrics.MetricsWriter(run.workdir, 0)
+            record.write(0, found)
+            record.close()
+            told = "".join(f" {name}={value:.4f}" for name, value in found.items())
+            print(f"config.method='{config.method}' trains nothing; recorded as it is{told}", file=sys.stderr)
+        writer.save(0, state, found or None)
+    writer.close()
+    if jax.process_index() == 0:
+        print(f"final step=0 loss=nan params=sha256:{step.params_hash(state.trainable)}")
+    return 0
+
+
 def make_feed(run: Run, examples: Sequence[Example], start: int) -> tuple[Iterator[Batch], Any]:
     """The run's batches from step `start` on, and a function that makes the batch of any step again."""
     config = run.config
     accumulate = config.batch.accumulate
     plan = Plan(examples, run.shape, config.seed, config.batch.queriers, config.batch.per_querier)
     contrast = config.qar.contrast if config.method == "qar" else "none"
-    rows = config.method == "qar" and config.qar.querier_embedding and not config.compat
+    rows = "rows" in declare(run)[0].get("tower", {})
     rule = (accumulate, config.qar.drop_row if rows else None, contrast)
 
     def publish(batch: Batch) -> Batch:
@@ -145,8 +174,7 @@ class Log:
         self._run, self._schedule, self._rebuild = run, schedule, rebuild
         self._main = jax.process_index() == 0
         peak = config.peak_flops or metrics.measure_peak(config.dtype)
-        flops = step.step_flops(trainable, run.base, 1)
-        self._meter = metrics.Meter(flops, peak, config.steps)
+        self._meter = metrics.Meter(step.step_flops(trainable, run.base), peak, config.steps)
         self._progress = metrics.Progress(start, config.steps)
         self._writer = metrics.MetricsWriter(run.workdir, start) if self._main else None
 
@@ -154,7 +182,7 @@ class Log:
         """Reports the step before; returns what is to be reported next time."""
         if pending is not None:
             number, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
-            self._meter.count(values["tokens"])
+            self._meter.count(values["tokens"], values["predicted"])
             if not values["finite"]:
                 self._bad(number, values)
             config = self._run.config

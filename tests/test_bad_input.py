@@ -183,6 +183,37 @@ def test_unknown_people_and_splits(finished):
     assert contents(finished) == before
 
 
+def test_what_evaluate_is_told(folder, finished):
+    before = contents(finished)
+    line = refused(evaluate.main, "--workdir", finished, "--split", "unseen")
+    assert "its data has no dialogue in the unseen split; give a --split that it has: train (" in line
+    line = refused(evaluate.main, "--workdir", finished, "--against", finished.parent / "." / finished.name)
+    assert "is given twice in --workdir and --against" in line
+    shutil.copytree(finished, folder / "run")
+    other = folder / "run"
+    line = refused(evaluate.main, "--workdir", finished, other, "--report", folder / "page.html")
+    assert "--report is one file, but --workdir names 2 runs" in line
+    for target in (folder, folder / "absent" / "page.html"):
+        assert "is a folder or lies in none" in refused(evaluate.main, "--workdir", finished, "--report", target)
+    # The embedded world of another seed has other dialogues.
+    data = json.loads((other / "run.json").read_text(encoding="utf-8"))
+    data["config"]["data"]["seed"] = 1
+    (other / "run.json").write_text(json.dumps(data), encoding="utf-8")
+    line = refused(evaluate.main, "--workdir", finished, "--against", other)
+    assert "do not share the test split" in line and "such as 'town-0-" in line
+    assert contents(finished) == before and not (folder / "page.html").exists()
+
+
+def test_predictions_that_are_corrupt(folder, finished):
+    shutil.copytree(finished, folder / "run")
+    path = folder / "run" / "predictions_dev.jsonl"
+    path.write_text('{"id": "a"}\n', encoding="utf-8")
+    before = contents(folder)
+    line = refused(evaluate.main, "--workdir", folder / "run", "--split", "dev", "--replies", "1")
+    assert line.startswith(f"{path}, line 1: 'split' is nothing, expected str") and "delete the line" in line
+    assert contents(folder) == before
+
+
 def test_folders_that_are_no_run(folder, finished):
     before = contents(folder), contents(finished)
     for path in (folder, folder / "absent", folder / "tiny.py"):

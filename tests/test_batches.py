@@ -84,12 +84,12 @@ def test_make_examples_keeps_the_count_of_cut_tokens():
     assert all(len(e) + e.cut == len(whole[e.index]) for e in short)
 
 
-def fitting(shape: Shape) -> tuple[list[Example], int]:
+def fitting(shape: Shape, labels: str = "reply") -> tuple[list[Example], int]:
     def encode(d: Dialogue) -> list[Encoded]:
-        bounds = {"length": shape.length, "targets": shape.targets}
+        bounds = {"length": shape.length, "targets": shape.targets, "labels": labels}
         return encode_dialogue(TOKENIZER, TEMPLATE_OF_TOWN, d.turns, d.responder, **bounds)
 
-    return encode_split(STORE, np.arange(len(TOWN)), encode, shape)
+    return encode_split(STORE, np.arange(len(TOWN)), encode, shape, labels)
 
 
 def test_examples_of_a_split_fit_a_row():
@@ -102,6 +102,17 @@ def test_examples_of_a_split_fit_a_row():
     kept, left_out = fitting(dataclasses.replace(SHAPE, targets=bound))
     assert [e.index for e in kept] == np.flatnonzero(predictions <= bound).tolist()
     assert left_out == (predictions > bound).sum() > 0
+
+
+def test_with_every_turn_a_label_each_that_fits_nowhere_is_counted():
+    assert any(sum(t.speaker == d.responder for t in d.turns) > 1 for d in TOWN)
+    assert fitting(SHAPE, "all")[1] == 0
+    ends = TEMPLATE_OF_TOWN.end[0]
+    turns = [sum(e.predicted[e.tokens == ends]) for e in fitting(SHAPE, "all")[0]]
+    assert sum(turns) == sum(t.speaker == d.responder for d in TOWN for t in d.turns)
+    bound = int(np.median([e.predicted.sum() for e in EVERY]))
+    kept, left_out = fitting(dataclasses.replace(SHAPE, targets=bound), "all")
+    assert left_out == sum(turns) - sum(sum(e.predicted[e.tokens == ends]) for e in kept) > 0
 
 
 @pytest.mark.parametrize("bounds", [{"length": 5}, {"targets": 3}])

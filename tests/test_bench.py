@@ -1,207 +1,176 @@
-"""Every benchmark runs on tiny shapes and writes what `benchmarks/bench.py` joins; what they count is right."""
+"""Suites: which cells there are, what is run and when, and the comparison by hand."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from qaperso import arrays, bench, methods
 from qaperso import config as configs
-from qaperso.types import Dialogue, Turn
+from qaperso.bench import Cell, Suite
+from qaperso.errors import UserError
+from qaperso.eval import compare
+from qaperso.eval.compare import Items
+from qaperso.methods import Setting
+from qaperso.models.config import DecoderConfig
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
-NAMES = ("train", "layout", "scaling", "pipeline", "contrast", "checkpoint", "generation")
-
-
-@pytest.fixture(scope="module")
-def beside() -> Iterator[None]:
-    """The scripts import each other as neighbours; some are named like modules of tests."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield
-    sys.path.remove(str(BENCHMARKS))
-
-
-def numbers(value: Any) -> Iterator[float]:
-    """All numbers in nested figures."""
-    if isinstance(value, dict):
-        for one in value.values():
-            yield from numbers(one)
-    elif isinstance(value, int | float):
-        yield value
-
-
-def ran(folder: Path, *only: str) -> tuple[dict[str, Any], str]:
-    """What a quick `bench.py` writes and prints."""
-    settings = {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    settings |= {"XDG_CACHE_HOME": str(folder), "PYTHONPATH": str(ROOT)}
-    words = [sys.executable, str(BENCHMARKS / "bench.py"), "--quick", "--json", str(folder / "results.json")]
-    done = subprocess.run(
-        [*words, "--only", *only], env=os.environ | settings, capture_output=True, text=True, timeout=600
+CONFIGS = Path(__file__).parents[1] / "configs"
+TEXT = """
+def get_suite():
+    return dict(
+        before={"base": ("configs/base.py", "steps=3")},
+        methods={"Two towers": ("configs/qar.py", "base={base}"), "LoRA": ("configs/sft.py", "base={base}", "steps=7")},
+        seeds=(0, 1),
+        against={"Two towers": ("LoRA",)},
+        metrics=("nll",),
+        evaluate=("--replies", "5"),
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / "results.json").read_text(encoding="utf-8")), done.stdout
+"""
 
 
-def check(name: str, one: dict[str, Any], shown: str) -> None:
-    """A benchmark's part of the results."""
-    assert set(one) == {"ratios", "figures", "seconds"}
-    assert np.isfinite(list(numbers(one["figures"]))).all() and list(numbers(one["figures"]))
-    for ratio in one["ratios"]:
-        assert set(ratio) == {"name", "value", "spread", "target", "sense"}
-        low, high = ratio["spread"]
-        assert ratio["sense"] in (">=", "<=") and 0 <= low <= high and f"{name}: {ratio['name']}" in shown
+@pytest.fixture
+def suite_file(tmp_path: Path) -> Path:
+    path = tmp_path / "suite_x.py"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
 
 
-def test_every_benchmark_runs(tmp_path):
-    # Layout has a test of its own below: its programs take longest to compile.
-    only = [name for name in NAMES if name != "layout"]
-    found, shown = ran(tmp_path, *only)
-    assert found["quick"] and {"cpu", "cores", "jax", "date", "commit"} <= set(found["machine"])
-    assert list(found["benchmarks"]) == only
-    for name, one in found["benchmarks"].items():
-        check(name, one, shown)
-    ratios = {r["name"] for one in found["benchmarks"].values() for r in one.get("ratios", [])}
-    assert {"sft float32 mfu", "qar / sft, step time, float32", "compile time, 32 / 4 layers"} <= ratios
+def test_cells_come_base_first_then_seed_by_seed(suite_file: Path) -> None:
+    found = bench.cells(bench.load_suite(suite_file), Path("runs"))
+    base = Path("runs/before-base")
+    assert found[0] == Cell("", 0, base, "configs/base.py", ("steps=3",))
+    assert [(c.method, c.seed, c.workdir.name) for c in found[1:]] == [
+        ("Two towers", 0, "two_towers-0"),
+        ("LoRA", 0, "lora-0"),
+        ("Two towers", 1, "two_towers-1"),
+        ("LoRA", 1, "lora-1"),
+    ]
+    assert found[2].overrides == (f"base={base}", "steps=7", "seed=0")
 
 
-@pytest.mark.slow
-def test_layout_runs(tmp_path):
-    found, shown = ran(tmp_path, "layout")
-    check("layout", found["benchmarks"]["layout"], shown)
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("get_suite", "suite", "defines no get_suite"),
+        ("seeds=", "sedes=", "unknown field 'sedes'; did you mean 'seeds'"),
+        ("        seeds=(0, 1),\n", "", "no field 'seeds'"),
+        ('("LoRA",)}', '("LoRa",)}', "did you mean 'LoRA'"),
+        ('against={"Two', 'against={"Tow', "did you mean 'Two towers'"),
+    ],
+)
+def test_a_wrong_suite_is_one_clear_error(suite_file: Path, old: str, new: str, expected: str) -> None:
+    suite_file.write_text(TEXT.replace(old, new), encoding="utf-8")
+    with pytest.raises(UserError, match=expected):
+        bench.load_suite(suite_file)
+    assert bench.main(["--suite", str(suite_file), "--output", str(suite_file.parent / "runs")]) == 2
+    assert not (suite_file.parent / "runs").exists()
 
 
-def test_a_ratio_by_hand(beside):
-    import common
+class Commands:
+    """Stands for the processes: notes them and leaves the files that they would."""
 
-    ratio = common.compare("a / b", [2.0, 3.0, 10.0], [1.0, 2.0, 4.0], 1.5, ">=")
-    assert (ratio.value, ratio.spread, ratio.holds) == (1.5, (1.5, 2.5), True)
-    assert not common.compare("a / b", [2.0], [1.0], 1.5, "<=").holds
-    assert common.single("bytes", 3.0, 3.0, "<=").holds
+    def __init__(self, stop_after: float = math.inf):
+        self.asked: list[str] = []
+        self._left = stop_after
 
-
-def test_fastest_keeps_one_program_running(beside):
-    import common
-
-    class Fake:
-        def __init__(self, seconds: float):
-            self.seconds, self.open = seconds, True
-
-        def close(self) -> None:
-            self.open = False
-
-    made = {name: Fake(s) for name, s in (("a", 3.0), ("b", 1.0), ("c", 2.0))}
-    name, kept, trials = common.fastest({k: (lambda v=v: v) for k, v in made.items()}, lambda w: w.seconds)
-    assert (name, kept, trials) == ("b", made["b"], {"a": 3.0, "b": 1.0, "c": 2.0})
-    assert [w.open for w in made.values()] == [False, True, False]
-    assert common.fastest({"a": lambda: made["a"]}, lambda w: w.seconds) == ("a", made["a"], {})
+    def __call__(self, words: Sequence[str], deadline: float) -> bool:
+        if self._left <= 0:
+            return False
+        self._left -= 1
+        workdir = Path(words[words.index("--workdir") + 1])
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.asked.append(f"{words[0].removeprefix('qaperso.')} {workdir.name}")
+        if words[0] == "qaperso.evaluate":
+            assert list(words[-2:]) == ["--replies", "5"]
+            shift = int(workdir.name[-1]) - (0.5 if "towers" in workdir.name else 0.0)
+            scores = {"nll": (np.array([1.0, 3.0]) + shift, np.ones(2))}
+            compare.save(workdir / bench.ITEMS, Items(("a", "b"), ("q", "r"), ("g", "h"), scores, ""))
+        return True
 
 
-def town(beside: None) -> tuple[Any, list, list]:
-    """Forty dialogues of the town, packed and in windows."""
-    import packing
-
-    config = configs.load(ROOT / "configs" / "quickstart.py")
-    config.base, config.qar.contrast, config.batch.rows = "random", "prototypes", 2
-    corpus = packing.Corpus(config, 40)
-    return corpus, corpus.packed()[0], corpus.windows(192)
-
-
-def test_windows_end_in_each_reply_once(beside):
-    import packing
-
-    turns = tuple(Turn("ab"[i % 2], str(i)) for i in range(12))
-    parts = packing.windows(Dialogue("x", "b", "a", turns, "g", replies=(1, 9, 11)))
-    assert [[t.text for t in w.turns] for w in parts] == [["0", "1"], [*"456789"], [*"6789", "10", "11"]]
-    assert all(w.replies == () for w in parts)
-
-
-def test_layouts_count_positions_and_learned_tokens(beside):
-    import layout
-    import peer
-
-    from qaperso.data.plan import Shape
-
-    corpus, examples, windows = town(beside)
-    assert layout.evenly(10, 2) == [2, 7] and layout.evenly(3, 3) == [0, 1, 2]
-    # Two rows a batch and as many batches drawn as there are: every window once.
-    shape = Shape(2, 192, 192, 1)
-    epoch = layout.published_epoch(windows, shape, corpus.config, len(windows) // 2)
-    learned = sum(float(b.weight.sum()) for b in epoch.batches)
-    assert learned == sum(int(w.predicted.sum()) for w in windows)
-    assert epoch.useful == learned / sum(epoch.positions) and epoch.positions[0] == 2 * 192
-    for batch in epoch.batches:
-        assert batch.target_index.shape == (1, 2, 192) and (batch.target_index == np.arange(192)).all()
-        chosen = batch.weight[:, :, :-1] > 0
-        assert (batch.target[:, :, :-1][chosen] == batch.inputs.tokens[:, :, 1:][chosen]).all()
-    packed = layout.packed_epoch(corpus, examples, "qar", 1)
-    assert packed.positions == [2 * 96] and 0 < packed.useful < 1
-    for by_length in (False, True):
-        found = layout.padded_epoch(windows, 4, by_length, len(windows) // 4)
-        labels = sum(int((b["labels"] != peer.IGNORED).sum()) for b in found.batches)
-        assert labels == learned and found.useful == labels / sum(found.positions)
-        assert found.positions == [b["labels"].size for b in found.batches] == sorted(found.positions)
-    assert found.useful > layout.padded_epoch(windows, 4, False, 1).useful
-    assert found.rate(0, 2.0) == found.positions[0] / 2 * found.useful
+def test_what_is_done_is_left_alone(
+    suite_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    output = suite_file.parent / "runs"
+    words = ["--suite", str(suite_file), "--output", str(output)]
+    # Stopped while the second cell is evaluated.
+    first, second, third = Commands(4), Commands(), Commands()
+    monkeypatch.setattr(bench, "_command", first)
+    assert bench.main(words) == 0
+    assert "1 of 4 cells are done" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "_command", second)
+    assert bench.main(words) == 0
+    assert first.asked[-1] == second.asked[0] == "train lora-0"
+    assert first.asked[:3] == ["train before-base", "train two_towers-0", "evaluate two_towers-0"]
+    assert second.asked[1:] == [
+        "evaluate lora-0",
+        *(f"{c} {m}-1" for m in ("two_towers", "lora") for c in ("train", "evaluate")),
+    ]
+    monkeypatch.setattr(bench, "_command", third)
+    assert bench.main([*words, "--table"]) == 0 and not third.asked
+    found = json.loads((output / "table.json").read_text(encoding="utf-8"))
+    assert found["cells"] == found["of"] == 4
+    # (1 + 3) / 2, and one more with the second seed; half less with two towers.
+    towers, lora = (found["methods"][m] for m in ("Two towers", "LoRA"))
+    assert towers["value"]["nll"]["value"] == 2.0 and lora["value"]["nll"]["value"] == 2.5
+    assert towers["difference"]["LoRA"]["nll"] == {"value": -0.5, "low": -0.5, "high": -0.5, "n": 2}
+    assert not lora["difference"]
+    lines = (output / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[2].startswith("| Two towers | 2 | 2.000 [")
+    assert lines[3] == "| less LoRA | 2 | -0.500 [-0.500, -0.500] |"
+    assert lines[4].startswith("| LoRA | 2 | 2.500 [") and not lines[5]
 
 
-def test_layout_ratios_by_hand(beside, monkeypatch):
-    import layout
-    import ours
-    import peer
-
-    class Clock:
-        """A program whose every step takes as long."""
-
-        rss = 0
-
-        def __init__(self, seconds: float):
-            self.step = seconds
-
-        def seconds(self, asked: list[int]) -> list[float]:
-            return [self.step] * len(asked)
-
-        def close(self) -> None:
-            pass
-
-    def ours_worker(setting: Any, batches: list, devices: int) -> Clock:
-        shape = (setting.config.batch.rows, setting.config.batch.length)
-        assert all(b.inputs.tokens.shape == (1, *shape) for b in batches)
-        return Clock({"qar": 2.0, "sft": 1.0}[setting.config.method] / devices)
-
-    monkeypatch.setattr(ours, "worker", ours_worker)
-    monkeypatch.setattr(peer, "worker", lambda *_, attention, **__: Clock({"eager": 4.0, "sdpa": 3.0}[attention]))
-    monkeypatch.setattr(layout.common, "missing", lambda *_: "")
-    options = argparse.Namespace(quick=True, rounds=3, devices=[1, 2], attention=["sdpa"], dtype=None, threads=1)
-    ratios, figures = layout.measure(options, None)
-    named = {name: found for name, found in figures.items() if isinstance(found, dict) and "useful tokens/s" in found}
-    rates = {name: found["useful tokens/s"] for name, found in named.items()}
-    assert figures["devices"] == "2" and set(rates) == {"qar packed", "sft packed", "qar published layout", "peer"}
-    useful = {name: figures[name]["useful tokens a position"] for name in rates}
-    # Four rows of 96, twice that length as published; two devices take half the time.
-    assert rates["qar packed"] == 4 * 96 * useful["qar packed"] and rates["sft packed"] == 2 * rates["qar packed"]
-    assert rates["qar published layout"] == 4 * 192 * useful["qar published layout"]
-    by_name = {r.name.removeprefix("town, float32: "): r.value for r in ratios}
-    assert by_name == {
-        "qar packed / published layout": rates["qar packed"] / rates["qar published layout"],
-        "sft packed / transformers+peft windows": rates["sft packed"] / rates["peer"],
-        "qar packed / transformers+peft windows": rates["qar packed"] / rates["peer"],
-    }
+def test_no_cell_begins_after_the_deadline(suite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = Commands()
+    monkeypatch.setattr(bench, "_command", commands)
+    words = ["--suite", str(suite_file), "--output", str(suite_file.parent / "runs"), "--minutes", "0"]
+    assert bench.main(words) == 2 and not commands.asked
 
 
-def test_the_peer_reads_what_we_read(beside):
-    import peer
+def test_the_interval_of_several_seeds_knows_that_seeds_differ() -> None:
+    # Within a seed every dialogue differs alike: with many dialogues, only the seeds' own spread is left.
+    suite = Suite({"A": ("a.py",), "B": ("b.py",)}, (0, 1, 2), {"A": ("B",)}, ("nll",))
+    names = tuple(str(i) for i in range(200))
+    found = {}
+    for seed, gap in zip(suite.seeds, (-1.0, 0.0, 1.0), strict=True):
+        for method in suite.methods:
+            values = np.random.default_rng(seed).normal(size=200) + (gap if method == "A" else 0.0)
+            found[method, seed] = Items(names, names, names, {"nll": (values, np.ones(200))}, "")
+    difference = bench.compare(suite, found)["A"]["difference"]["B"]["nll"]
+    assert difference["value"] == pytest.approx(0.0, abs=1e-12) and difference["n"] == 3
+    assert difference["low"] < -0.6 and difference["high"] > 0.6
+    one = {key: x for key, x in found.items() if key[1] == 0}
+    assert bench.compare(suite, one)["A"]["difference"]["B"]["nll"]["value"] == -1.0
 
-    batch = peer.padded([np.array([5, 6, 7]), np.array([8])], [np.array([0, 1, 1], bool), np.array([0], bool)])
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert set(peer.padded([np.array([1])], [np.array([True])])) == {"input_ids", "labels"}
+
+def test_a_failing_command_stops_the_suite(tmp_path: Path) -> None:
+    cell = Cell("A", 0, tmp_path / "run", str(tmp_path / "absent.py"), ())
+    with pytest.raises(UserError, match="exit code 2"):
+        bench.run_cell(cell, (), math.inf)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("suite_*.py")), ids=lambda p: p.stem)
+def test_shipped_suites(path: Path) -> None:
+    suite = bench.load_suite(path)
+    for cell in bench.cells(suite, Path("runs")):
+        config = configs.load(CONFIGS.parent / cell.config, cell.overrides)
+        assert not cell.method or config.seed == cell.seed
+
+
+def test_the_town_s_baseline_has_as_many_parameters() -> None:
+    sizes = []
+    for name in ("quickstart", "quickstart_matched"):
+        config = configs.load(CONFIGS / f"{name}.py")
+        model = configs.load(CONFIGS / "quickstart_base.py").model
+        shape = dict(model) | dict(vocab=64, head_dim=model.embed // model.heads, tied=True)
+        classes = {"cluster": np.zeros(60, np.int32)}
+        setting = Setting(config, DecoderConfig(**shape, eos_ids=(1,)), 1 + 12 + config.data.spare_rows, 16, classes)
+        trainable, _ = methods.load(config.method).declare(setting)
+        sizes.append(sum(math.prod(spec.shape) for spec in arrays.flat(trainable, arrays.is_spec).values()))
+    assert sizes == [311_168, 311_040]

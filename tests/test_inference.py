@@ -57,7 +57,9 @@ def both(name: str, setting: Setting, trainable: Tree, base: Tree, inputs: Input
     return np.asarray(ours(weights)), np.asarray(theirs(trainable, base))
 
 
-@pytest.mark.parametrize(("name", "shape", "split"), [("sft", "tied", 0), ("qar", "all", 0), ("qar", "all", 1)])
+@pytest.mark.parametrize(
+    ("name", "shape", "split"), [("sft", "tied", 0), ("qar", "all", 0), ("qar", "all", 1), ("sft_rows", "tied", 0)]
+)
 def test_merged_logits_are_unmerged_logits(name: str, shape: str, split: int) -> None:
     setting, trainable, base = case(name, shape, qar__split_layer=split)
     inputs = helpers.device(helpers.batch(1).inputs)
@@ -108,7 +110,7 @@ def test_in_bfloat16_adapters_stay_beside_the_kernels() -> None:
     assert ours.dtype == np.float32 and 0 < error(ours) < 1.5 * error(theirs)
 
 
-@pytest.mark.parametrize(("name", "split"), [("sft", 0), ("qar", 0), ("qar", 1)])
+@pytest.mark.parametrize(("name", "split"), [("sft", 0), ("qar", 0), ("qar", 1), ("sft_rows", 0)])
 def test_token_by_token_is_all_at_once(name: str, split: int) -> None:
     """Rows of three lengths, each at its own place; the cache has room to spare."""
     setting, trainable, base = case(name, "all", qar__split_layer=split)

@@ -49,12 +49,13 @@ def test_lines_keep_every_bit_of_a_float(value):
 def test_meter_by_hand(monkeypatch):
     clock = iter([10.0, 12.0, 17.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    meter = metrics.Meter(flops_per_token=6.0, peak_flops=1200.0, steps=30)
-    meter.count(100.0)
-    meter.count(60.0)
+    meter = metrics.Meter((6.0, 48.0), peak_flops=1200.0, steps=30)
+    meter.count(100.0, 10.0)
+    meter.count(60.0, 0.0)
     first = meter.report(10)
-    assert first["tokens_per_second"] == 80 and first["mfu"] == pytest.approx(0.4) and math.isnan(first["eta"])
-    meter.count(50.0)
+    # 160 tokens and 10 predictions in 2 s.
+    assert first["tokens_per_second"] == 80 and first["mfu"] == pytest.approx(0.6) and math.isnan(first["eta"])
+    meter.count(50.0, 0.0)
     # 5 steps in 5 s, 15 to go.
     assert meter.report(15) == {"tokens_per_second": 10.0, "mfu": pytest.approx(0.05), "eta": 15.0}
 

@@ -6,6 +6,8 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
@@ -17,7 +19,7 @@ from tiny import call
 from qaperso import evaluate
 from qaperso.data import synthetic
 from qaperso.data.store import Store, make_store
-from qaperso.eval import paired, report
+from qaperso.eval import measure, paired, report
 from qaperso.eval.paired import Asked
 from qaperso.generate import Sampling
 from qaperso.types import Dialogue, Turn
@@ -263,13 +265,18 @@ def test_nobody_to_compare_with() -> None:
             }
 
 
-def test_evaluate_puts_the_same_queries_to_several() -> None:
+def test_the_same_queries_are_put_to_several(tmp_path: Path) -> None:
     run, store, trainable = untrained.opened(method="qar", qar__contrast="none")
     run = untrained.changed(run, generate__max_new_tokens=4)
-    found = evaluate.evaluate(run, trainable, store, "dev", 0, 2)
+
+    def metrics(queries: int) -> dict[str, dict[str, Any]]:
+        wanted = measure.Wanted(replies=0, paired=queries)
+        return measure.measure(run, trainable, store, "dev", 1, wanted, tmp_path / "replies.jsonl").metrics
+
+    found = metrics(2)
     assert found["paired_gap"]["n"] == 2 and 0 < found["paired_within"]["value"] <= 1
     assert found["paired_agreement_chance"]["value"] == 1 / 8
-    assert not set(paired.NAMES) & evaluate.evaluate(run, trainable, store, "dev", 0).keys()
+    assert not set(paired.NAMES) & metrics(0).keys()
 
 
 def test_a_negative_number_of_queries_is_refused() -> None:

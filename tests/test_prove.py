@@ -45,8 +45,9 @@ def test_quickstart(tmp_path: Path) -> None:
 def test_smollm2_on_shakespeare(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in ("qar_smollm2", "sft_smollm2")]
     data = str(tmp_path / "shakespeare")
-    words = ["--min-per-querier", "20", "--clusters", "4", "--responder"]
-    words += ["Falstaff", "Prince Hal", "Hamlet", "Richard III", "King Lear"]
+    words = ["--min-per-querier", "10", "--clusters", "2", "--responder"]
+    words += ["Falstaff", "Hamlet", "Prince Hal", "Richard III", "King Lear", "Romeo"]
+    words += ["Sir Toby", "Benedick", "Timon", "Parolles", "Rosalind", "Macbeth"]
     python("qaperso.prepare", "--input", os.environ["SCENES"], "--output", data, *words)
     for workdir in runs:
         run(workdir.name, workdir, f"--config.data.path={data}")

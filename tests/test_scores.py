@@ -1,4 +1,4 @@
-"""Scores: overlap by hand, likelihoods by plain logits."""
+"""Likelihoods of replies: by plain logits, and the same however packed."""
 
 from __future__ import annotations
 
@@ -18,21 +18,6 @@ from qaperso.run import Run
 from qaperso.types import Example
 
 Tree = Any
-
-
-def test_rouge_by_hand() -> None:
-    references = ["the cat sat on the mat", "good day", "Good day!", "one two", "a b c d", ""]
-    replies = ["the cat lay on a mat", "good day", "good day", "three", "d c b a", "something"]
-    found = scores.rouge(references, replies)
-    # 4 of 6 words; "the cat" of 5 pairs; the cat on mat in order.
-    np.testing.assert_allclose(found["rouge_1"], [4 / 6, 1, 1, 0, 1, 0])
-    np.testing.assert_allclose(found["rouge_2"], [1 / 5, 1, 1, 0, 0, 0])
-    np.testing.assert_allclose(found["rouge_l"], [4 / 6, 1, 1, 0, 1 / 4, 0])
-    # Precision 1, recall 1/2: their harmonic mean. No stemming.
-    found = scores.rouge(["two loaves here now", "walk"], ["two loaves", "walking"])
-    np.testing.assert_allclose(found["rouge_1"], [2 / 3, 0])
-    with pytest.raises(ValueError):
-        scores.rouge(["a"], [])
 
 
 @pytest.fixture(scope="module")

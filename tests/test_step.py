@@ -293,11 +293,15 @@ def test_metrics_count_tokens_and_predictions() -> None:
     assert metrics["loss"] == metrics["lm"] and all(v.dtype == jnp.float32 for v in metrics.values())
 
 
-def test_flops_by_hand() -> None:
-    base = {"embed": jnp.zeros((10, 3)), "head": jnp.zeros((3, 10))}
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_by_hand(tied: bool) -> None:
+    base = {"embed": jnp.zeros((10, 3)), "layers": {"q": jnp.zeros((2, 3, 4))}}
+    base |= {} if tied else {"head": jnp.zeros((3, 7))}
     trainable = {
+        "heads": {"kernel": jnp.zeros((2, 3, 5))},
         "lora": {"q": {"a": jnp.zeros((1, 3, 2)), "b": jnp.zeros((1, 2, 3))}},
         "tower": {"rows": jnp.zeros((9, 3))},
     }
-    # Frozen: 30 kernel entries forward and back, 4 each; trained: 12 at 6 each; look-ups nothing.
-    assert step.step_flops(trainable, base, 5) == 5 * (30 * 4 + 12 * 6)
+    # A token: 24 frozen kernel entries forward and back, 4 each; 12 trained ones at 6 each. A prediction: the output table.
+    assert step.step_flops(trainable, base) == (24 * 4 + 12 * 6, 30 * 4 if tied else 21 * 4)
+    assert step.step_flops({"base": base}, {}) == (24 * 6, 30 * 6 if tied else 21 * 6)

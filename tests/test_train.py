@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from helpers import assert_trees_equal
 from tiny import PROTOTYPES, SFT, SFT_ALL, TINY, arguments, call, contents, finished, one_device, record, trained  # noqa: F401
 
-from qaperso import chat, checkpoint, evaluate, metrics, run, step, train
+from qaperso import batching, chat, checkpoint, evaluate, metrics, run, step, train
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -79,24 +80,48 @@ def test_logging_and_peak(tmp_path, monkeypatch):
     assert found == pytest.approx([0.05 * c for c in cosine], rel=1e-5)
 
 
-def test_evaluate_writes_one_file_a_split_and_chat_answers():
-    folder = finished("qar")[0]
-    before = contents(folder)
-    code, out, err = call(evaluate.main, "--workdir", folder, "--split", "dev", "--replies", "2", "--paired", "2")
+def test_evaluate_writes_scores_replies_and_a_page(tmp_path, monkeypatch):
+    folder, other = finished("qar")[0], finished("adapter")[0]
+    before = contents(folder), contents(other)
+    words = ("--workdir", folder, "--against", other, "--split", "dev", "--replies", "2")
+    code, out, err = call(evaluate.main, *words)
     assert code == 0, err
-    new = set(contents(folder)) - set(before)
-    assert new == {"eval_dev.json"}
+    assert "dev split, 95% intervals" in out and "paired differences" in out
+    made = {"eval_dev.json", "items_dev.npz", "predictions_dev.jsonl", "across_dev.jsonl", "report_dev.html"}
+    assert set(contents(folder)) - set(before[0]) == made
+    assert set(contents(other)) - set(before[1]) == {"predictions_dev.jsonl"}
     data = json.loads((folder / "eval_dev.json").read_text(encoding="utf-8"))
     assert data["split"] == "dev" and data["step"] in checkpoint.steps(folder / "checkpoints")
-    assert 0 <= data["metrics"]["rouge_l"]["value"] <= 1
-    assert data["metrics"]["paired_gap"]["n"] == 2
+    assert 0 <= data["metrics"]["rouge_l"]["value"] <= 1 and data["metrics"]["rouge_l"]["n"] == 2
+    assert data["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(data["metrics"]["reply_nll"]["value"]))
     identification = data["metrics"]["identification"]
     assert identification["value"] is None and "replies to queriers" in identification["note"]
+    ((name, against),) = data["against"].items()
+    assert name.startswith("adapter @") and against["reply_nll"]["n"] == data["metrics"]["reply_nll"]["n"]
+    assert against["reply_nll"]["low"] < against["reply_nll"]["value"] < against["reply_nll"]["high"]
+    page = (folder / "report_dev.html").read_text(encoding="utf-8")
+    sections = re.findall(r'<section id="(\w+)">', page)
+    expected = "run metrics against curves swap embeddings across clusters failures lengths config"
+    assert sections == expected.split() and all(n in page for n in (name, "reply_nll", f"qar @{data['step']}"))
+    # Replies that are there are not written again, and all else comes out the same.
+    first = contents(folder)
+    monkeypatch.setattr(batching, "prepare", None)
+    code, again, err = call(evaluate.main, *words, "--report", tmp_path / "page.html")
+    assert code == 0 and again == out, err
+    assert contents(folder) == first and (tmp_path / "page.html").read_text(encoding="utf-8") == page
+    for file in made:
+        (folder / file).unlink()
+    (other / "predictions_dev.jsonl").unlink()
+    assert (contents(folder), contents(other)) == before
+
+
+def test_chat_answers():
+    folder = finished("qar")[0]
+    before = contents(folder)
     querier = json.loads((folder / "run.json").read_text(encoding="utf-8"))["registry"]["queriers"][0]
     words = ("--workdir", folder, "--once", "Are you open?", "--querier", querier)
     code, out, _ = call(chat.main, *words)
     assert code == 0 and out.endswith("\n") and out.count("\n") == 1
     code, out, _ = call(chat.main, *words, "stranger")
     assert code == 0 and querier in out and "stranger" in out
-    (folder / "eval_dev.json").unlink()
     assert contents(folder) == before

@@ -87,3 +87,10 @@ def changed(run: Run, **changes: Any) -> Run:
     config = copy.deepcopy(run.config)
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return dataclasses.replace(run, setting=dataclasses.replace(run.setting, config=config))
+
+
+def of_queriers(store: Store, *names: str) -> Store:
+    """What these queriers ask, with all numbers as they were."""
+    kept = np.array([i for i, d in enumerate(store.dialogues) if d.querier in names])
+    columns = {key: getattr(store, key)[kept] for key in ("row", "responder", "cluster", "text", "label")}
+    return dataclasses.replace(store, dialogues=tuple(store.dialogues[i] for i in kept), **columns)

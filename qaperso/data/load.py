@@ -41,9 +41,20 @@ def load_store(data: Any) -> Store:
 
 
 def encode_split(
-    store: Store, indices: np.ndarray, encode: Callable[[Dialogue], Sequence[Encoded]], shape: Shape
+    store: Store,
+    indices: np.ndarray,
+    encode: Callable[[Dialogue], Sequence[Encoded]],
+    shape: Shape,
+    labels: str = "reply",
 ) -> tuple[list[Example], int]:
     """Examples of the dialogues at `indices`, and how many of their replies are in none, as too long for a row.
+
+    Args:
+      store: holds the dialogues.
+      indices: of those that are wanted.
+      encode: a dialogue's sequences.
+      shape: bounds of a row.
+      labels: what counts as a reply, as `encode_dialogue` has it.
 
     Raises:
       UserError: none fits.
@@ -55,5 +66,11 @@ def encode_split(
             f"none of {len(indices)} dialogues fits batch.length={shape.length} and batch.targets={shape.targets}; "
             "raise them"
         )
-    expected = sum(max(len(store.dialogues[i].replies), 1) for i in indices)
+    expected = sum(len(_replies(store.dialogues[i], labels)) for i in indices)
     return examples, expected - sum(e.replies for sequences in encoded for e in sequences)
+
+
+def _replies(dialogue: Dialogue, labels: str) -> Sequence[int]:
+    if labels == "all":
+        return [i for i, turn in enumerate(dialogue.turns) if turn.speaker == dialogue.responder]
+    return dialogue.replies or (len(dialogue.turns) - 1,)

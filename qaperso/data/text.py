@@ -62,8 +62,8 @@ def template_of(tokenizer: Tokenizer) -> Template:
 class Encoded:
     """Tokens, role and label flags of a sequence or of a prompt; int32[n], int32[n], bool[n].
 
-    `cut` counts the dialogue's tokens that stand in none of its sequences (told by the first of them), `replies` those
-    that this one predicts.
+    `cut` counts the dialogue's tokens that stand in none of its sequences (told by the first of them) and those that this
+    one lacks of its preface, `replies` the replies that this one predicts.
     """
 
     tokens: np.ndarray
@@ -71,6 +71,37 @@ class Encoded:
     predicted: np.ndarray
     cut: int = 0
     replies: int = 0
+
+
+def called(speaker: str, role: int, names: str) -> str:
+    """What a speaker is called in the text: by name, or "user" and "assistant" where `names` hides it.
+
+    Args:
+      speaker: the name.
+      role: QUERIER or RESPONDER.
+      names: "visible", "responder" = the querier's is hidden, "masked" = both are.
+    """
+    hidden = {"visible": (), "responder": (QUERIER,), "masked": (QUERIER, RESPONDER)}[names]
+    return MASKED[role] if role in hidden else speaker
+
+
+def turn_size(tokenizer: Tokenizer, template: Template, turn: Turn) -> int:
+    """How many tokens a turn takes, markers and speaker included."""
+    name, body = encode(tokenizer, turn.speaker), encode(tokenizer, turn.text)
+    return len(_turn(template, name, body, TEMPLATE, False))
+
+
+def scored_turns(turns: Sequence[Turn], responder: str, replies: Sequence[int], labels: str) -> list[int]:
+    """The turns that are learned and scored: the given replies (() = the last turn), or all that the responder says.
+
+    Args:
+      turns, responder: of the dialogue.
+      replies: turns in order.
+      labels: "reply" or "all".
+    """
+    if labels == "all":
+        return [i for i, turn in enumerate(turns) if turn.speaker == responder]
+    return list(replies) or [len(turns) - 1]
 
 
 def _turn(template: Template, name: Sequence[int], body: Sequence[int], role: int, label: bool) -> list[tuple]:
@@ -96,12 +127,16 @@ def encode_dialogue(
     context: int = 0,
     labels: str = "reply",
     names: str = "visible",
+    preface: Sequence[Turn] = (),
 ) -> list[Encoded]:
     """Tokens of a dialogue as one sequence, or as few as hold each of its replies once (ours).
 
     Each sequence ends in a reply and predicts the replies that no earlier one has. It takes as many replies as fit beside
     the `context` turns before the first of them; what room is left goes to still older turns. Where even these turns
     do not fit, the oldest are dropped, never the query (the querier's last turn before the reply) nor what follows it.
+
+    The preface stands before the turns of every sequence. Where it leaves no room for a query and its reply, they have a
+    sequence alone, and the preface loses its first words.
 
     Args:
       tokenizer: of the base.
@@ -113,28 +148,32 @@ def encode_dialogue(
       replies: the turns that are replies, in order; () = the last.
       context: how many turns the first reply of a sequence sees at least, where they fit.
       labels: "reply" = the replies and their end-of-turns are labels; "all" = every responder turn is a reply.
-      names: "visible" or "masked" (speakers become "user" and "assistant").
+      names: which speakers go by name, see `called`.
+      preface: turns that are no part of the dialogue: never labels, all template, speakers called as they are given.
 
     Returns:
       Sequences in the order of their replies; a reply that exceeds the bounds with its query alone is in none.
     """
-    mine = [i for i, turn in enumerate(turns) if turn.speaker == responder]
-    scored = mine if labels == "all" else list(replies) or [len(turns) - 1]
+    scored = scored_turns(turns, responder, replies, labels)
     pieces, spelled, predicted = [], {}, set(scored)
     for i, turn in enumerate(turns):
         role = RESPONDER if turn.speaker == responder else QUERIER
-        name = MASKED[role] if names == "masked" else turn.speaker
+        name = called(turn.speaker, role, names)
         if name not in spelled:
             spelled[name] = encode(tokenizer, name)
         pieces.append(_turn(template, spelled[name], encode(tokenizer, turn.text), role, i in predicted))
     asked = [i for i, turn in enumerate(turns) if turn.speaker != responder]
+    before = [(encode(tokenizer, turn.speaker), encode(tokenizer, turn.text)) for turn in preface]
+    whole = sum(len(_turn(template, *spoken, TEMPLATE, False)) for spoken in before)
+    room = length - len(template.bos)
     parts = _stretches(
         [len(piece) for piece in pieces],
         [sum(label for _, _, label in piece) for piece in pieces],
         [(i, asked[bisect.bisect_left(asked, i) - 1] if asked and asked[0] < i else i) for i in scored],
-        length - len(template.bos),
+        room,
         targets,
         context,
+        whole,
     )
     seen = {i for first, _, last in parts for i in range(first, last + 1)}
     cut = sum(len(piece) for i, piece in enumerate(pieces) if i not in seen)
@@ -142,9 +181,23 @@ def encode_dialogue(
     result = []
     for number, (first, start, last) in enumerate(parts):
         old = [[(t, role, False) for t, role, _ in piece] for piece in pieces[first:start]]
-        count = sum(start <= i <= last for i in scored)
-        result.append(_pack_pieces([bos, *old, *pieces[start : last + 1]], cut if number == 0 else 0, count))
+        own = [*old, *pieces[start : last + 1]]
+        told = _shortened(template, before, room - sum(map(len, own)))
+        lost = whole - len(told) + (cut if number == 0 else 0)
+        result.append(_pack_pieces([bos, told, *own], lost, sum(start <= i <= last for i in scored)))
     return result
+
+
+def _shortened(template: Template, preface: Sequence[tuple[list[int], list[int]]], room: int) -> list[tuple]:
+    """The turns (name, text) of a preface as far as `room` tokens hold its end: the first words go."""
+    kept: list[tuple] = []
+    for name, text in reversed(preface):
+        lost = max(len(_turn(template, name, text, TEMPLATE, False)) - room, 0)
+        if lost and lost >= len(text):
+            break
+        turn = _turn(template, name, text[lost:], TEMPLATE, False)
+        kept, room = turn + kept, room - len(turn)
+    return kept
 
 
 def _stretches(
@@ -154,6 +207,7 @@ def _stretches(
     length: int,
     targets: int | None,
     context: int,
+    preface: int,
 ) -> list[tuple[int, int, int]]:
     """Which turns make which sequence; see `encode_dialogue`.
 
@@ -161,6 +215,7 @@ def _stretches(
       tokens, labels: how many each turn has.
       replies: (turn, turn of its query).
       length, targets, context: bounds of a sequence.
+      preface: how many tokens stand before its turns.
 
     Returns:
       (first turn, first reply, last reply) of each sequence.
@@ -168,8 +223,8 @@ def _stretches(
     tokens_to, labels_to = ([0, *itertools.accumulate(counts)] for counts in (tokens, labels))
     most = labels_to[-1] if targets is None else targets
 
-    def fits(first: int, start: int, last: int) -> bool:
-        within = tokens_to[last + 1] - tokens_to[first] <= length
+    def fits(first: int, start: int, last: int, beside: int = preface) -> bool:
+        within = tokens_to[last + 1] - tokens_to[first] + beside <= length
         return within and labels_to[last + 1] - labels_to[start] <= most
 
     parts = []
@@ -181,6 +236,8 @@ def _stretches(
             first += 1
         k += 1
         if not fits(first, start, last):
+            if fits(first, start, last, beside=0):
+                parts.append((first, start, last))
             continue
         while k < len(replies) and fits(first, start, replies[k][0]):
             last = replies[k][0]
@@ -199,13 +256,15 @@ def encode_prompt(
     *,
     length: int,
     names: str = "visible",
+    preface: Sequence[Turn] = (),
 ) -> Encoded | None:
     """Tokens of a prompt: turns, then the header of the responder's reply. Same cuts as `encode_dialogue`.
 
     Returns:
       None when the query alone exceeds `length`.
     """
-    whole = encode_dialogue(tokenizer, template, [*turns, Turn(responder, "")], responder, length=length, names=names)
+    how = dict(length=length, names=names, preface=preface)
+    whole = encode_dialogue(tokenizer, template, [*turns, Turn(responder, "")], responder, **how)
     if not whole:
         return None
     (e,) = whole

@@ -29,8 +29,16 @@ def cell(metric: Metric | None) -> str:
     """`0.912 [0.874, 0.946] n=223`; where there is no value its note, "-" without one."""
     if metric is None or _missing(metric["value"]):
         return str((metric or {}).get("note", "-"))
-    interval = "" if _missing(metric["low"]) else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
-    return f"{metric['value']:.3f}{interval} n={metric['n']}"
+    return f"{interval(metric)} n={metric['n']}"
+
+
+def interval(metric: Metric | None, sign: bool = False) -> str:
+    """`0.912 [0.874, 0.946]`, with `sign` `+0.912 [+0.874, +0.946]`; "-" where there is no value."""
+    if metric is None or _missing(metric["value"]):
+        return "-"
+    form = "+.3f" if sign else ".3f"
+    bounds = "" if _missing(metric["low"]) else f" [{metric['low']:{form}}, {metric['high']:{form}}]"
+    return f"{metric['value']:{form}}{bounds}"
 
 
 def _missing(value: float | int | str | None) -> bool:

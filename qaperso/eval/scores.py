@@ -1,4 +1,4 @@
-"""Scores of replies: likelihood of the true one, overlap of a generated one with it."""
+"""Likelihood of the true replies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Array, Float
-from rouge_score.rouge_scorer import RougeScorer
 
 from qaperso.data import paper
 from qaperso.data.batches import sequential
@@ -44,11 +43,3 @@ def reply_nll(run: Run, trainable: Tree, examples: Sequence[Example]) -> tuple[n
             for r, row in enumerate(rows):
                 sums[row], counts[row] = total[r, : len(row)], number[r, : len(row)]
     return sums, counts
-
-
-def rouge(references: Sequence[str], replies: Sequence[str]) -> dict[str, np.ndarray]:
-    """F-measures of ROUGE-1, ROUGE-2 and ROUGE-L (Lin, 2004) of each pair, by rouge-score without stemming."""
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=False)
-    found = [scorer.score(a, b) for a, b in zip(references, replies, strict=True)]
-    names = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
-    return {ours: np.array([f[theirs].fmeasure for f in found]) for theirs, ours in names.items()}

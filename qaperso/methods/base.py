@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qaperso import losses
+from qaperso.data.store import Store
 from qaperso.methods import Setting
 from qaperso.models import decoder, lora, towers
 from qaperso.models.decoder import Adapters
@@ -19,9 +20,27 @@ from qaperso.types import Batch, Dialogue, Inputs, Turn
 Tree = Any
 
 
-def prompt(setting: Setting, dialogue: Dialogue) -> Sequence[Turn]:
-    """The turns that stand before the reply."""
-    return dialogue.turns[:-1]
+def reads_history(setting: Setting) -> bool:
+    """Whether `preface` needs the run's data."""
+    return False
+
+
+def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Callable[[Turn], int]) -> Sequence[Turn]:
+    """The turns that stand before the dialogue's own: no part of it, never learned, always template.
+
+    A long dialogue is asked for each of its replies, cut off after it. Replies next to each other that have the same
+    preface share sequences.
+
+    Args:
+      setting: of the run.
+      store: the run's data; None where `reads_history` says that it is not needed.
+      dialogue: its last turn is the reply, which must not be looked at; () for `replies`.
+      size: how many tokens a turn takes.
+
+    Returns:
+      Turns whose speakers are called as given; "system" for instructions.
+    """
+    return ()
 
 
 def declare(setting: Setting) -> tuple[Tree, Tree]:

@@ -16,12 +16,22 @@ from qaperso import losses
 from qaperso.data import contrast
 from qaperso.errors import UserError
 from qaperso.methods import Setting, base
-from qaperso.methods.base import prompt
+from qaperso.methods.base import preface, reads_history
 from qaperso.models import towers
 from qaperso.models.decoder import Adapters
 from qaperso.types import Batch, Inputs
 
-__all__ = ["condition", "counts", "declare", "embeddings", "loss", "prompt", "remember", "weights"]
+__all__ = [
+    "condition",
+    "counts",
+    "declare",
+    "embeddings",
+    "loss",
+    "preface",
+    "reads_history",
+    "remember",
+    "weights",
+]
 
 Tree = Any
 PAPER_CLIP = 10.0

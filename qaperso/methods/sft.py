@@ -1,5 +1,25 @@
 """Plain fine-tuning: LoRA on the seven projections, or everything with trainable = "all" (the baseline "FT")."""
 
-from qaperso.methods.base import condition, counts, declare, embeddings, loss, prompt, remember, weights
+from qaperso.methods.base import (
+    condition,
+    counts,
+    declare,
+    embeddings,
+    loss,
+    preface,
+    reads_history,
+    remember,
+    weights,
+)
 
-__all__ = ["condition", "counts", "declare", "embeddings", "loss", "prompt", "remember", "weights"]
+__all__ = [
+    "condition",
+    "counts",
+    "declare",
+    "embeddings",
+    "loss",
+    "preface",
+    "reads_history",
+    "remember",
+    "weights",
+]

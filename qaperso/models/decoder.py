@@ -40,7 +40,7 @@ class Adapters:
       lora: see `lora.declare`, leading axis L.
       specific: the specific tower's MLPs of the last N layers, {gate [N, D, r], up [N, D, r], down [N, r, D]}; present =
         two towers in these.
-      rows: float[B, S, D], added to the specific stream where the streams part.
+      rows: float[B, S, D], added to the specific stream where the streams part; without one, to the embeddings.
     """
 
     lora: Tree | None = None
@@ -176,6 +176,11 @@ def embed(params: Tree, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "
     return unbits(bits(params["embed"])[tokens]).astype(dtype)[None]
 
 
+def enter(x: Float[Array, "1 B S D"], rows: Float[Array, "B S D"] | None) -> Float[Array, "1 B S D"]:
+    """The embeddings of a model of one tower, with the queriers' rows on top."""
+    return x if rows is None else x + rows.astype(x.dtype)
+
+
 def part(x: Float[Array, "1 B S D"], rows: Float[Array, "B S D"] | None) -> Float[Array, "2 B S D"]:
     """Two streams of one; the specific one gets the queriers' rows on top."""
     return jnp.concatenate([x, x if rows is None else x + rows.astype(x.dtype)])
@@ -232,8 +237,10 @@ def run(
         return jax.lax.scan(body, constrain_batch(x, 1), scanned)[0]
 
     split = split_of(adapters, config)
+    if split == config.layers:
+        return through(enter(x, adapters.rows), 0, split, None)
     x = through(x, 0, split, None) if split else x
-    return through(part(x, adapters.rows), split, config.layers, adapters.specific) if split < config.layers else x
+    return through(part(x, adapters.rows), split, config.layers, adapters.specific)
 
 
 def head(params: Tree) -> Float[Array, "V D"]:

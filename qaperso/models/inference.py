@@ -154,6 +154,10 @@ def layer(
     return constrain_batch(x, 1), pair
 
 
+def _enter(weights: Tree, x: Float[Array, "1 B S D"], rows: Float[Array, "B S D"] | None) -> Float[Array, "1 B S D"]:
+    return decoder.enter(x, rows) if count_towers(weights["layers"][-1]) == 1 else x
+
+
 def prefill(
     weights: Tree,
     tokens: Int[Array, "B S"],
@@ -175,7 +179,7 @@ def prefill(
       Last layer's states of each tower before any final norm, and the keys and values of every layer.
     """
     tables = decoder.rope_tables(position, config)
-    x = decoder.embed(weights, tokens, working(weights["embed"].dtype))
+    x = _enter(weights, decoder.embed(weights, tokens, working(weights["embed"].dtype)), rows)
     cache = []
     for one in weights["layers"]:
         x = decoder.part(x, rows) if count_towers(one) > x.shape[0] else x
@@ -209,8 +213,8 @@ def decode(
       Float32 logits of the next token, and the cache with this one.
     """
     tables = decoder.rope_tables(position[:, None], config)
-    x = decoder.embed(weights, token[:, None], working(weights["embed"].dtype))
     rows = None if rows is None else rows[:, None]
+    x = _enter(weights, decoder.embed(weights, token[:, None], working(weights["embed"].dtype)), rows)
     found = []
     for one, pair in zip(weights["layers"], cache, strict=True):
         x = decoder.part(x, rows) if count_towers(one) > x.shape[0] else x

@@ -1,0 +1,247 @@
+"""python -m qaperso.bench --suite configs/suite_x.py --output DIR [--minutes M] [--table]
+
+Methods x seeds on the same data. Each cell is a run of its own, trained and evaluated by the commands that anybody would
+use, in processes of their own, and left alone where it is done. Then DIR/table.md and DIR/table.json: every method, and how it
+differs from its baselines. With --minutes no cell begins after so many, and the one under way saves and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qaperso import checkpoint
+from qaperso.errors import UserError, command, nearest
+from qaperso.eval import compare as comparing
+from qaperso.eval import intervals, report
+from qaperso.eval.compare import Items
+
+STOPPED = 143
+# What evaluation of the test split leaves last.
+ITEMS = "items.npz"
+Metric = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What is compared.
+
+    Attributes:
+      methods: {name: (config file, override, ...)}; `{NAME}` in an override is the folder of that run of `before`.
+      seeds: each method is trained with each.
+      against: {method: (baseline, ...)}, the methods that a method is compared with.
+      metrics: names of metrics with values for each dialogue.
+      before: runs that the others start from, trained once.
+      evaluate: more options of `python -m qaperso.evaluate`.
+    """
+
+    methods: Mapping[str, tuple[str, ...]]
+    seeds: tuple[int, ...]
+    against: Mapping[str, tuple[str, ...]]
+    metrics: tuple[str, ...]
+    before: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    evaluate: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A run of a suite; `method` is "" for one that others start from."""
+
+    method: str
+    seed: int
+    workdir: Path
+    config: str
+    overrides: tuple[str, ...]
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do."""
+        return (self.workdir / (ITEMS if self.method else "done")).exists()
+
+
+def load_suite(path: Path) -> Suite:
+    """Reads `get_suite()` of a Python file: a dict with the fields of `Suite`.
+
+    Raises:
+      UserError: no such file or function, an unknown or missing field, or a baseline that is no method.
+    """
+    if not path.is_file():
+        raise UserError(f"suite '{path}' is not a file")
+    made = runpy.run_path(str(path)).get("get_suite")
+    if made is None:
+        raise UserError(f"suite '{path}' defines no get_suite()")
+    given, known = made(), {f.name: f for f in dataclasses.fields(Suite)}
+    for name in given:
+        if name not in known:
+            raise UserError(f"suite '{path}' has an unknown field '{name}'{nearest(name, list(known))}")
+    needed = {
+        n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    if lacking := sorted(needed - set(given)):
+        raise UserError(f"suite '{path}' has no field '{lacking[0]}'")
+    suite = Suite(**given)
+    for name in (*suite.against, *(base for bases in suite.against.values() for base in bases)):
+        if name not in suite.methods:
+            raise UserError(
+                f"suite '{path}' compares '{name}', which is none of its methods{nearest(name, list(suite.methods))}"
+            )
+    return suite
+
+
+def cells(suite: Suite, folder: Path) -> list[Cell]:
+    """Every run of a suite in the order they are made: those that others start from, then seed by seed."""
+    places = {name: folder / f"before-{_slug(name)}" for name in suite.before}
+    found = [Cell("", 0, places[name], words[0], words[1:]) for name, words in suite.before.items()]
+    for seed in suite.seeds:
+        for method, (config, *overrides) in suite.methods.items():
+            filled = [text.format(**{k: str(v) for k, v in places.items()}) for text in overrides]
+            place = folder / f"{_slug(method)}-{seed}"
+            found.append(Cell(method, seed, place, config, (*filled, f"seed={seed}")))
+    return found
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def run_cell(cell: Cell, options: Sequence[str], deadline: float) -> bool:
+    """Trains and evaluates a cell, or goes on with it; False where the deadline (of `time.monotonic`) stopped it.
+
+    Raises:
+      UserError: a command failed; it has said why.
+    """
+    overrides = [f"--config.{text}" for text in cell.overrides]
+    if not _command(["qaperso.train", "--config", cell.config, "--workdir", str(cell.workdir), *overrides], deadline):
+        return False
+    if not cell.method:
+        (cell.workdir / "done").touch()
+        return True
+    return _command(["qaperso.evaluate", "--workdir", str(cell.workdir), *options], deadline)
+
+
+def _command(words: Sequence[str], deadline: float) -> bool:
+    with subprocess.Popen([sys.executable, "-m", *words]) as process:
+        try:
+            code = process.wait(max(deadline - time.monotonic(), 0) if np.isfinite(deadline) else None)
+        except subprocess.TimeoutExpired:
+            # It saves, and goes on from there next time.
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            return False
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+    if code == STOPPED:
+        return False
+    if code:
+        raise UserError(f"'python -m {' '.join(words)}' stopped with exit code {code}; see above")
+    return True
+
+
+def compare(suite: Suite, found: Mapping[tuple[str, int], Items]) -> dict[str, dict[str, Any]]:
+    """Every method's metrics, and their differences to its baselines' on the same seeds and dialogues.
+
+    Args:
+      suite: says which.
+      found: per-dialogue values of each (method, seed) that is done.
+
+    Returns:
+      {method: {"value": {metric: ...}, "difference": {baseline: {metric: ...}}}}. A value is the mean over seeds; intervals
+      resample seeds and groups of dialogues (`intervals.macro`), so with one seed they say nothing about other seeds.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for method in suite.methods:
+        mine = {seed: found[method, seed] for seed in suite.seeds if (method, seed) in found}
+        values, differences = {}, {base: {} for base in suite.against.get(method, ())}
+        for metric in suite.metrics:
+            own = [(seed, x.groups, *x.scores[metric]) for seed, x in mine.items() if metric in x.scores]
+            if own:
+                values[metric] = _over_seeds(own)
+            for base, gaps in differences.items():
+                pairs = []
+                for seed, x in mine.items():
+                    other = found.get((base, seed))
+                    gap = comparing.difference(x, other, metric) if other else None
+                    pairs += [(seed, x.groups, *gap)] if gap is not None else []
+                if pairs:
+                    gaps[metric] = _over_seeds(pairs)
+        result[method] = {"value": values, "difference": differences}
+    return result
+
+
+def _over_seeds(parts: Sequence[tuple[int, Sequence[str], np.ndarray, np.ndarray]]) -> Metric:
+    seeds = [str(seed) for seed, groups, _, _ in parts for _ in groups]
+    groups = [g for _, groups, _, _ in parts for g in groups]
+    return intervals.macro(np.concatenate([p[2] for p in parts]), np.concatenate([p[3] for p in parts]), seeds, groups)
+
+
+def markdown(suite: Suite, compared: Mapping[str, Mapping[str, Any]]) -> str:
+    """The comparison as Markdown: a row for each method, and under it one for each of its baselines."""
+    lines = ["| method | seeds | " + " | ".join(suite.metrics) + " |", "|---|---|" + "---|" * len(suite.metrics)]
+
+    def row(name: str, metrics: Mapping[str, Metric], sign: bool) -> str:
+        count = max((m["n"] for m in metrics.values()), default=0)
+        return (
+            f"| {name} | {count} | " + " | ".join(report.interval(metrics.get(m), sign) for m in suite.metrics) + " |"
+        )
+
+    for method, parts in compared.items():
+        lines.append(row(method, parts["value"], False))
+        lines += [row(f"less {base}", gaps, True) for base, gaps in parts["difference"].items()]
+    lines += [
+        "",
+        "Differences are over the same seeds and dialogues; 95% intervals over seeds and groups of dialogues.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m qaperso.bench", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--suite", required=True, type=Path, metavar="FILE", help="a Python file with get_suite()")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the runs and the table go")
+    parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="stop after so many")
+    parser.add_argument("--table", action="store_true", help="train nothing, only write the table of what is there")
+    known = parser.parse_args(arguments)
+    suite = load_suite(known.suite)
+    every = cells(suite, known.output)
+    deadline = time.monotonic() + 60 * known.minutes
+    for cell in every:
+        if not cell.done and not known.table:
+            if time.monotonic() >= deadline or not run_cell(cell, suite.evaluate, deadline):
+                break
+    measured = [c for c in every if c.method]
+    done = {(c.method, c.seed): comparing.load(c.workdir / ITEMS) for c in measured if c.done}
+    if not done:
+        raise UserError(
+            f"no cell of {known.suite} is done in {known.output}; run without --table, or with more --minutes"
+        )
+    compared = compare(suite, done)
+    text = markdown(suite, compared)
+    (known.output / "table.md").write_text(text, encoding="utf-8")
+    content: dict[str, Any] = {"suite": known.suite.name, "cells": len(done), "of": len(measured), "methods": compared}
+    checkpoint.write_json(known.output / "table.json", content)
+    print(text)
+    print(
+        f"{len(done)} of {len(measured)} cells are done; run again for the others"
+        if len(done) < len(measured)
+        else "all done"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

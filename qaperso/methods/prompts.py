@@ -1,0 +1,221 @@
+"""Baselines that train nothing: the frozen base replies, after a preface made from training data (`config.prompts.kind`).
+
+- "zero_shot": no preface.
+- "responder" (RPG): a profile of the responder.
+- "querier" (QCG): a profile of the querier as this responder knows them.
+- "retrieved" (few-shot RAG): what this querier asked this responder (where nothing, anybody) most like the query, by BM25
+  (Robertson & Zaragoza, 2009, in bm25s's Lucene variant), with the replies.
+- "history" (long context): the end of all that the pair has said.
+
+No LLM writes the profiles: they are extractive, what training data say put together by a template of ours. No preface
+takes more than `prompts.tokens`, and where nothing is known there is none.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+from qaperso.data.features import words
+from qaperso.data.history import exchanges, history
+from qaperso.data.store import Store
+from qaperso.data.text import called
+from qaperso.methods import Setting
+from qaperso.methods.base import condition, counts, embeddings, loss, remember, weights
+from qaperso.types import QUERIER, RESPONDER, Dialogue, Turn
+
+__all__ = [
+    "condition",
+    "counts",
+    "declare",
+    "embeddings",
+    "loss",
+    "preface",
+    "reads_history",
+    "remember",
+    "weights",
+]
+
+Size = Callable[[Turn], int]
+SYSTEM = "system"
+# Words and people that a profile names.
+WORDS, PEOPLE = 12, 8
+
+
+def declare(setting: Setting) -> tuple[dict, dict]:
+    """Nothing is trained, and nothing is remembered."""
+    return {}, {}
+
+
+def reads_history(setting: Setting) -> bool:
+    """Every kind but zero-shot is made from training data."""
+    return setting.config.prompts.kind != "zero_shot"
+
+
+def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Size) -> Sequence[Turn]:
+    """What stands before a dialogue; see `base.preface`."""
+    prompts, names = setting.config.prompts, setting.config.data.names
+    if prompts.kind == "retrieved":
+        return retrieved(store, dialogue, names, prompts.examples, prompts.tokens, size)
+    if prompts.kind == "history":
+        return recent(store, dialogue, names, prompts.tokens, size)
+    if prompts.kind == "zero_shot":
+        return ()
+    rows = tuple(history(store, dialogue, "responder").tolist())
+    querier = dialogue.querier if prompts.kind == "querier" else None
+    return fitted(profile(store, rows, dialogue.responder, querier, names, prompts.examples), prompts.tokens, size)
+
+
+# The dialogues of a pair mostly have the same history, and so the same profile.
+@functools.lru_cache(maxsize=1024)
+def profile(
+    store: Store, rows: tuple[int, ...], responder: str, querier: str | None, names: str, count: int
+) -> tuple[str, ...]:
+    """A profile of a responder, or of a querier as the responder knows them, in the order of what matters most (ours).
+
+    Args:
+      store: of the run.
+      rows: the responder's earlier records.
+      responder: whose they are.
+      querier: whom the profile is about; None = the responder.
+      names: see `text.called`.
+      count: how many replies it quotes.
+
+    Returns:
+      Lines; none where there are no records (of the querier).
+    """
+    told = [store.dialogues[i] for i in rows]
+    own = [d for d in told if querier in (None, d.querier)]
+    if not own:
+        return ()
+    said = collections.defaultdict(list)
+    for d in told:
+        for turn in d.turns:
+            said[turn.speaker].append(turn.text)
+    me = called(responder, RESPONDER, names)
+    replies = typical([reply.text for d in own for _, reply in exchanges(d)], count)
+    if querier is None:
+        people = collections.Counter(d.querier for d in own)
+        lines = [f"You are {me}. Conversations so far: {len(own)}; people: {len(people)}."]
+        if names == "visible":
+            most = sorted(people.items(), key=lambda item: (-item[1], item[0]))[:PEOPLE]
+            lines.append("Most often with " + ", ".join(f"{name} ({n})" for name, n in most) + ".")
+        about, whom, quoted = responder, me, "You typically reply"
+    else:
+        you = called(querier, QUERIER, names)
+        lines = [f"You are {me}, talking to {you}. Conversations with {you} so far: {len(own)}."]
+        said.pop(responder, None)
+        about, whom, quoted = querier, you, f"To {you} you typically reply"
+    if special := characteristic(said.pop(about, ()), said.values(), WORDS):
+        lines.append(f"Words typical of {whom}: {', '.join(special)}.")
+    return (*lines, *(f"{quoted}: {reply}" for reply in replies))
+
+
+def characteristic(own: Sequence[str], others: Collection[Sequence[str]], count: int) -> list[str]:
+    """The words that tell a person from others by TF-IDF (Sparck Jones, 1972), a person's texts being one document.
+
+    Args:
+      own: texts of the person.
+      others: texts of each other person.
+      count: how many words.
+
+    Returns:
+      Words by falling n ln(N / N_word), of equals the first in the alphabet; none that all N people use.
+    """
+    theirs = [{w for text in texts for w in words(text)} for texts in others]
+    weight = {
+        word: n * math.log((1 + len(theirs)) / (1 + sum(word in used for used in theirs)))
+        for word, n in collections.Counter(w for text in own for w in words(text)).items()
+    }
+    return sorted((w for w in weight if weight[w] > 0), key=lambda w: (-weight[w], w))[:count]
+
+
+def typical(replies: Sequence[str], count: int) -> list[str]:
+    """The different replies that are nearest to the centroid of all by the cosine of TF-IDF vectors, nearest first.
+
+    White space is made single blanks; replies without a word are left out.
+    """
+    texts = [" ".join(reply.split()) for reply in replies if words(reply)]
+    if not texts:
+        return []
+    matrix = TfidfVectorizer(analyzer=words).fit_transform(texts)
+    nearness = matrix @ np.asarray(matrix.mean(0)).ravel()
+    order = np.argsort(-nearness, kind="stable")
+    return list(dict.fromkeys(texts[i] for i in order))[:count]
+
+
+def fitted(lines: Sequence[str], tokens: int, size: Size) -> Sequence[Turn]:
+    """The lines as one instruction, less those that would make it exceed `tokens`."""
+    kept: list[str] = []
+    for line in lines:
+        if size(Turn(SYSTEM, "\n".join([*kept, line]))) <= tokens:
+            kept.append(line)
+    return (Turn(SYSTEM, "\n".join(kept)),) if kept else ()
+
+
+def retrieved(store: Store, dialogue: Dialogue, names: str, count: int, tokens: int, size: Size) -> Sequence[Turn]:
+    """Queries most like the dialogue's, with their replies, as far as `tokens` hold them; the most similar last.
+
+    Of the pair's earlier exchanges; where there are none, of the querier's with anybody. Of equally similar ones the most
+    recent are taken.
+    """
+    items: list[tuple[Turn, Turn]] = []
+    for by in ("pair", "querier"):
+        if not items:
+            told = [store.dialogues[i] for i in history(store, dialogue, by)]
+            items = [(_named(d, q, names), _named(d, r, names)) for d in told for q, r in exchanges(d)]
+    # The most recent first, so that it is what remains of equals; and none twice.
+    items = list(dict.fromkeys(reversed(items)))
+    nearness = bm25(tuple(query.text for query, _ in items), dialogue.query)
+    kept: list[Turn] = []
+    for i in np.argsort(-nearness, kind="stable")[:count]:
+        taken = sum(map(size, items[i]))
+        if taken <= tokens:
+            kept, tokens = [*items[i], *kept], tokens - taken
+    return kept
+
+
+def bm25(texts: tuple[str, ...], query: str) -> np.ndarray:
+    """BM25 of a query against each text, float32[n]; 0 where they share no word."""
+    asked = words(query)
+    index = _bm25_index(texts)
+    if index is None or not asked:
+        return np.zeros(len(texts), np.float32)
+    return index.get_scores(asked)
+
+
+@functools.lru_cache(maxsize=256)
+def _bm25_index(texts: tuple[str, ...]) -> Any:
+    # Its import runs JAX, which must not happen before the runtime of several hosts is started.
+    import bm25s
+
+    split = [words(text) for text in texts]
+    if not any(split):
+        return None
+    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+    index.index(split, show_progress=False)
+    return index
+
+
+def recent(store: Store, dialogue: Dialogue, names: str, tokens: int, size: Size) -> Sequence[Turn]:
+    """The last turns of the pair's earlier dialogues, as many as `tokens` hold, oldest first."""
+    kept: list[Turn] = []
+    for i in reversed(history(store, dialogue, "pair")):
+        for turn in reversed(store.dialogues[i].turns):
+            named = _named(store.dialogues[i], turn, names)
+            tokens -= size(named)
+            if tokens < 0:
+                return kept[::-1]
+            kept.append(named)
+    return kept[::-1]
+
+
+def _named(dialogue: Dialogue, turn: Turn, names: str) -> Turn:
+    role = RESPONDER if turn.speaker == dialogue.responder else QUERIER
+    return Turn(called(turn.speaker, role, names), turn.text)

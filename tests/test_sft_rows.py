@@ -1,0 +1,51 @@
+"""Plain LoRA with querier rows at the input: starts as plain LoRA, knows who asks, learns the stranger's row."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import helpers
+import jax
+import numpy as np
+import pytest
+import untrained
+from tiny import TINY, one_device, trained  # noqa: F401
+
+from qaperso import run, train
+from qaperso.data import load
+from qaperso.eval import awareness
+
+Tree = Any
+
+
+def test_rows_of_zeros_are_plain_lora() -> None:
+    plain, store, trainable = untrained.opened(method="sft")
+    rows, _, other = untrained.opened(method="sft_rows")
+    zero = {"lora": trainable["lora"], "tower": jax.tree.map(np.zeros_like, other["tower"])}
+    ours, theirs = (awareness.dialogue_nll(r, t, store, "dev") for r, t in ((rows, zero), (plain, trainable)))
+    np.testing.assert_array_equal(ours, theirs)
+    fresh = helpers.drawn(run.declare(rows)[0], 0)
+    assert not fresh["tower"]["rows"].any() and not fresh["lora"]["q"]["b"].any()
+
+
+def test_rows_are_all_it_knows_people_by() -> None:
+    opened, store, trainable = untrained.opened(method="sft_rows")
+    opened = untrained.changed(opened, data__names="masked")
+    assert awareness.swap_gap(opened, trainable, store, "dev")["swap_gap"]["value"] != 0
+    same = {**trainable, "tower": jax.tree.map(np.ones_like, trainable["tower"])}
+    assert awareness.swap_gap(opened, same, store, "dev")["swap_gap"]["value"] == 0
+
+
+@pytest.mark.usefixtures("one_device")
+def test_rows_of_queriers_and_of_the_stranger_are_learned(tmp_path: Path) -> None:
+    trained(TINY, tmp_path / "run", "method=sft_rows", "qar.drop_row=0.5")
+    opened = run.open_run(tmp_path / "run")
+    rows = np.asarray(run.restore(opened, 8)[0]["tower"]["rows"])
+    examples, _ = opened.examples(load.load_store(opened.config.data), "train")
+    feed, _ = train.make_feed(opened, examples, 0)
+    told = [b.inputs.querier[b.inputs.present] for b in feed]
+    assert np.flatnonzero(rows.any(1)).tolist() == np.unique(np.concatenate(told)).tolist()
+    # The stranger among them; nobody has a spare row.
+    assert rows[0].any() and len(told) == 8
+    assert len(rows) == 1 + len(opened.registry.queriers) + opened.config.data.spare_rows
