@@ -69,7 +69,7 @@ def test_cuts_written_out() -> None:
     assert encode_dialogue(WORD, CHATML, TALK, "bo", length=12, preface=preface) == []
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     turns=long_talk,
     preface=some_turns,

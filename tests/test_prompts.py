@@ -23,7 +23,7 @@ from qaperso import config as configs
 from qaperso.data import load
 from qaperso.data.store import Store, make_store
 from qaperso.errors import UserError
-from qaperso.eval import awareness
+from qaperso.eval import awareness, scores
 from qaperso.methods import Setting, prompts
 from qaperso.models.config import DecoderConfig
 from qaperso.types import Dialogue, Turn
@@ -244,8 +244,8 @@ def test_zero_shot_is_the_base() -> None:
     opened, store, trainable = untrained.opened(method="prompts")
     lora, _, _ = untrained.opened(method="sft")
     fresh = helpers.drawn(run.declare(lora)[0], 2)
-    ours = awareness.measure(opened, trainable, store, "dev", every=False).scores["reply_nll"]
-    theirs = awareness.measure(lora, fresh, store, "dev", every=False).scores["reply_nll"]
+    ours = scores.reply_nll(opened, trainable, opened.examples(store, "dev")[0])
+    theirs = scores.reply_nll(lora, fresh, lora.examples(store, "dev")[0])
     np.testing.assert_array_equal(ours[1], theirs[1])
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
     assert ours[1].sum() > 0
@@ -276,7 +276,6 @@ def test_from_command_to_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert code == 0, err
     found = json.loads((folder / "eval_dev.json").read_text(encoding="utf-8"))
     assert found["step"] == 0 and 0 <= found["metrics"]["rouge_l"]["value"] <= 1
-    assert found["metrics"]["swap_gap"]["value"] != 0
     querier = opened.registry.queriers[0]
     code, out, _ = call(chat.main, "--workdir", folder, "--once", "Are you open?", "--querier", querier, "stranger")
     assert code == 0 and querier in out
