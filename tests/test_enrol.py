@@ -57,9 +57,9 @@ def by_definition(run: Run, trainable: Tree, examples: list[Example], steps: int
     return vector
 
 
-@pytest.mark.parametrize("changes", [{}, {"qar__split_layer": 1, "trainable": "all"}], ids=["adapters", "all, split"])
-def test_the_fit_is_descent_on_the_whole_model_s_loss(changes: dict[str, Any]) -> None:
-    run, store, trainable = untrained.opened(**PLAIN, **changes)
+def test_the_fit_is_descent_on_the_whole_model_s_loss() -> None:
+    # One stream in the first layer, two in the second: the parts that a fit takes apart are all there.
+    run, store, trainable = untrained.opened(**PLAIN, qar__split_layer=1)
     examples = some(run, store, "agnes", 5)
     assert len(examples) == 5
     expected = by_definition(run, trainable, examples, 4, 0.2)
