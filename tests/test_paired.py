@@ -6,20 +6,17 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import untrained
 from tiny import call
 
 from qaperso import evaluate
 from qaperso.data import synthetic
 from qaperso.data.store import Store, make_store
-from qaperso.eval import measure, paired, report
+from qaperso.eval import paired, report
 from qaperso.eval.paired import Asked
 from qaperso.generate import Sampling
 from qaperso.types import Dialogue, Turn
@@ -263,20 +260,6 @@ def test_nobody_to_compare_with() -> None:
             assert notes(paired.metrics(found, ())) == {
                 "no query of somebody whom a responder answers in training beside somebody else"
             }
-
-
-def test_the_same_queries_are_put_to_several(tmp_path: Path) -> None:
-    run, store, trainable = untrained.opened(method="qar", qar__contrast="none")
-    run = untrained.changed(run, generate__max_new_tokens=4)
-
-    def metrics(queries: int) -> dict[str, dict[str, Any]]:
-        wanted = measure.Wanted(replies=0, paired=queries)
-        return measure.measure(run, trainable, store, "dev", 1, wanted, tmp_path / "replies.jsonl").metrics
-
-    found = metrics(2)
-    assert found["paired_gap"]["n"] == 2 and 0 < found["paired_within"]["value"] <= 1
-    assert found["paired_agreement_chance"]["value"] == 1 / 8
-    assert not set(paired.NAMES) & metrics(0).keys()
 
 
 def test_a_negative_number_of_queries_is_refused() -> None:
