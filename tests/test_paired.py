@@ -6,17 +6,19 @@ import functools
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import untrained
 from tiny import call
 
 from qaperso import evaluate
 from qaperso.data import synthetic
 from qaperso.data.store import Store, make_store
-from qaperso.eval import paired, report
+from qaperso.eval import measure, paired, report
 from qaperso.eval.paired import Asked
 from qaperso.generate import Sampling
 from qaperso.types import Dialogue, Turn
@@ -260,6 +262,15 @@ def test_nobody_to_compare_with() -> None:
             assert notes(paired.metrics(found, ())) == {
                 "no query of somebody whom a responder answers in training beside somebody else"
             }
+
+
+def test_the_same_queries_are_put_to_several(tmp_path: Path) -> None:
+    run, store, trainable = untrained.opened(method="qar", qar__contrast="none")
+    run = untrained.changed(run, generate__max_new_tokens=4)
+    wanted = measure.Wanted(replies=0, paired=2)
+    found = measure.measure(run, trainable, store, "dev", 1, wanted, tmp_path / "replies.jsonl").metrics
+    assert found["paired_gap"]["n"] == 2 and 0 < found["paired_within"]["value"] <= 1
+    assert found["paired_agreement_chance"]["value"] == 1 / 8
 
 
 def test_a_negative_number_of_queries_is_refused() -> None:
