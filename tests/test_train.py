@@ -96,6 +96,7 @@ def test_evaluate_writes_scores_replies_and_a_page(tmp_path, monkeypatch):
     assert data["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(data["metrics"]["reply_nll"]["value"]))
     identification = data["metrics"]["identification"]
     assert identification["value"] is None and "replies to queriers" in identification["note"]
+    assert "paired_gap" not in data["metrics"]
     ((name, against),) = data["against"].items()
     assert name.startswith("adapter @") and against["reply_nll"]["n"] == data["metrics"]["reply_nll"]["n"]
     assert against["reply_nll"]["low"] < against["reply_nll"]["value"] < against["reply_nll"]["high"]
