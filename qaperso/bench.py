@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 
 from qaperso import checkpoint
+from qaperso import config as configs
 from qaperso.errors import UserError, command, nearest
 from qaperso.eval import compare as comparing
 from qaperso.eval import intervals, report
 from qaperso.eval.compare import Items
+from qaperso.run import RECORD, read_record
+from qaperso.train import STOPPED
 
-STOPPED = 143
 # What evaluation of the test split leaves last.
 ITEMS = "items.npz"
 Metric = dict[str, float]
@@ -113,6 +115,21 @@ def cells(suite: Suite, folder: Path) -> list[Cell]:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def check(cell: Cell) -> None:
+    """Makes sure that a cell's folder, where it has one, holds a run of the cell's configuration.
+
+    Raises:
+      UserError: the suite or a configuration has changed since.
+    """
+    if (cell.workdir / RECORD).exists():
+        old = configs.from_json(read_record(cell.workdir)["config"])
+        if changed := configs.differences(old, configs.load(cell.config, cell.overrides)):
+            raise UserError(
+                f"{cell.workdir} was made with another configuration ({'; '.join(changed[:4])}); give another --output, or "
+                "remove that folder to make the cell again"
+            )
 
 
 def run_cell(cell: Cell, options: Sequence[str], deadline: float) -> bool:
@@ -218,6 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = parser.parse_args(arguments)
     suite = load_suite(known.suite)
     every = cells(suite, known.output)
+    for cell in every:  # before the first is made, which takes long
+        check(cell)
     deadline = time.monotonic() + 60 * known.minutes
     for cell in every:
         if not cell.done and not known.table:

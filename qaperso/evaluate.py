@@ -75,7 +75,7 @@ def evaluate(folder: Path, name: str, store: Store, split: str, wanted: Wanted, 
         others = gather.asked_by_others(run, store, split)
         if found.records and others.dialogues:
             path = predictions.file_of(folder, split, "across")
-            records = predictions.collect(run, trainable, others, split, range(len(others.dialogues)), step, path)
+            records = predictions.collect(run, found.model, others, split, range(len(others.dialogues)), step, path)
             shown = dataclasses.replace(shown, across=gather.across(store, split, records))
         shown = dataclasses.replace(shown, notes=found.notes)
     return Scored(f"{name} @{step}", folder, step, found, report.jsonable(found.metrics), shown)
@@ -131,7 +131,7 @@ def differences(ours: Scored, theirs: Sequence[Scored]) -> dict[str, Metrics]:
         if both:
             references, groups = ([record[key] for record in both] for key in ("reference", "group"))
             texts = [record["reply"] for record in both], [written[record["id"]] for record in both]
-            gaps = overlap.compare(references, *texts, groups) | gaps
+            gaps |= overlap.compare(references, *texts, groups)
         result[other.name] = report.jsonable(gaps)
     return result
 

@@ -1,10 +1,10 @@
 """python -m qaperso.judge --workdir A --against B [--split test] [--limit N] [--concurrency 8]
 
 Lets a language model compare the replies of two runs that qaperso.evaluate has left in A/predictions.jsonl and
-B/predictions.jsonl (predictions_SPLIT.jsonl for another split than test). Any OpenAI-compatible endpoint:
-QAPERSO_API_BASE, QAPERSO_API_MODEL and QAPERSO_API_KEY in the
-environment say which. Prints a table and writes A/judge_B.json (for the test split) or A/judge_B_SPLIT.json. Every
-answer is kept in A/judge_answers.jsonl: a killed command that is run again asks for nothing twice.
+B/predictions.jsonl (predictions_SPLIT.jsonl for another split than test). QAPERSO_API_BASE, QAPERSO_API_MODEL and
+QAPERSO_API_KEY in the environment say which OpenAI-compatible endpoint is asked. Prints a table and writes A/judge_B.json
+(for the test split) or A/judge_B_SPLIT.json. Every answer is kept in A/judge_answers.jsonl: a killed command that is run
+again asks for nothing twice.
 """
 
 from __future__ import annotations

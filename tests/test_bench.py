@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -174,3 +175,19 @@ def test_the_town_s_baseline_has_as_many_parameters() -> None:
         trainable, _ = methods.load(config.method).declare(setting)
         sizes.append(sum(math.prod(spec.shape) for spec in arrays.flat(trainable, arrays.is_spec).values()))
     assert sizes == [311_168, 311_040]
+
+
+def test_a_cell_of_another_configuration_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        "from qaperso.config import default\n\n\ndef get_config():\n    return default()\n", encoding="utf-8"
+    )
+    cell = Cell("A", 1, tmp_path / "run", str(file), ("steps=7", "seed=1"))
+    bench.check(cell)
+    cell.workdir.mkdir()
+    parts = dict.fromkeys(("model", "registry", "clusters", "classes", "base"), {})
+    record = {"config": configs.to_json(configs.load(file, cell.overrides)), **parts}
+    (cell.workdir / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    bench.check(cell)
+    with pytest.raises(UserError, match=r"another configuration \(steps: 7 -> 9\); give another --output"):
+        bench.check(dataclasses.replace(cell, overrides=("steps=9", "seed=1")))

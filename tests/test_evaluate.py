@@ -18,7 +18,7 @@ Tree = Any
 def likelihoods(run: Run, trainable: Tree, store: Store) -> tuple[compare.Items, dict[str, str]]:
     """Items of the dev split, and what is absent."""
     found = awareness.measure(run, trainable, store, "dev", every=False)
-    return measure.likelihoods(run, store, "dev", found.scores), found.absent
+    return measure.items_of(run, store, "dev", found.scores), found.absent
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ models.config models.base models.linear models.lora models.attention models.deco
 models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
 methods.sft_rows methods.prompts mesh step checkpoint metrics run batching reply enrol
 eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness eval.retrieval eval.identify eval.paired
-eval.canaries eval.leakage eval.unseen eval.judge eval.report eval.predictions eval.plots eval.page eval.gather eval.measure
+eval.canaries eval.leakage eval.unseen eval.report eval.predictions eval.judge eval.plots eval.page eval.gather eval.measure
 prepare train evaluate judge bench chat""".split()
 
 

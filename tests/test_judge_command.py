@@ -34,7 +34,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def line(pair: Pair, reply: str, step: int, split: str) -> str:
     """One of predictions.jsonl."""
     record = {k: v for k, v in dataclasses.asdict(pair).items() if k not in ("ours", "theirs")}
-    record |= {"id": f"{split} {pair.id}", "split": split, "reply": reply, "seed": 7, "step": step}
+    record |= {
+        "id": f"{split} {pair.id}",
+        "split": split,
+        "reply": reply,
+        "seed": 7,
+        "sampling": {},
+        "prompt": "",
+        "step": step,
+    }
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 
@@ -140,16 +148,16 @@ def spoil(name: str, change: Callable[[str], str | None]) -> Callable[[Path], No
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (spoil("theirs", lambda _: None), ["theirs/predictions.jsonl is not there; make it with", "qaperso.evaluate"]),
+        (spoil("theirs", lambda _: None), ["theirs/predictions.jsonl is not there; run python -m qaperso.evaluate"]),
         (spoil("ours", lambda _: ""), ["ours/predictions.jsonl holds no reply of the test split"]),
         (spoil("ours", lambda t: t.replace('"test"', '"dev"')), ["holds no reply of the test split", "--split test"]),
-        (spoil("ours", lambda t: t[:-20]), ["ours/predictions.jsonl:12: found no JSON"]),
+        (spoil("ours", lambda t: t[:-20] + "\n"), ["ours/predictions.jsonl, line 12: not JSON"]),
         (
             spoil("theirs", lambda t: f"[]\n{t}"),
-            ["theirs/predictions.jsonl:1: found '[]'", "an object with 'id', a text"],
+            ["theirs/predictions.jsonl, line 1: found list, expected a JSON object"],
         ),
-        (spoil("ours", lambda t: t.replace('"reply"', '"said"', 1)), [":1: found", "expected an object with 'reply'"]),
-        (spoil("ours", lambda t: t.replace(": 30", ": null", 1)), ["'step', a whole number"]),
+        (spoil("ours", lambda t: t.replace('"reply"', '"said"', 1)), ["line 1: 'reply' is nothing, expected str"]),
+        (spoil("ours", lambda t: t.replace(": 30", ": null", 1)), ["'step' is None, expected int"]),
         (spoil("ours", lambda t: t[:-3] + "1}\n"), ["holds replies of steps 30, 31, expected those of one"]),
         (
             spoil("ours", lambda t: t.replace('"id": "', '"id": "x')),
@@ -170,8 +178,8 @@ def test_bad_predictions(folder: Path, damage: Callable[[Path], None], parts: li
 
 
 def test_bytes_that_are_no_text(folder: Path) -> None:
-    (folder / "ours" / "predictions.jsonl").write_bytes(b"\xff\xfe")
-    assert "ours/predictions.jsonl cannot be read" in refused(command(folder, "http://127.0.0.1:9/v1"))
+    (folder / "ours" / "predictions.jsonl").write_bytes(b"\xff\xfe\n")
+    assert "ours/predictions.jsonl, line 1: not JSON" in refused(command(folder, "http://127.0.0.1:9/v1"))
 
 
 def test_the_last_reply_of_several_counts(folder: Path) -> None:

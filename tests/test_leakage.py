@@ -257,7 +257,8 @@ def test_a_run_is_asked_as_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     run, store, trainable = untrained.opened(method="qar", qar__contrast="none")
     given: list[Any] = []
     monkeypatch.setattr(leakage, "measure", lambda *parts: given.extend(parts) or {})
-    leakage.leakage(run, trainable, store, "dev")
+    model = batching.prepare(run, trainable)
+    leakage.leakage(run, trainable, lambda: model, store, "dev")
     found, write, score = given
     canary = next(c for c in found if c.others)
     other = canary.others[0]
@@ -271,7 +272,7 @@ def test_a_run_is_asked_as_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.isnan(score([long, *dialogues])).tolist() == [True, False, False, False, False]
     rows = [run.registry.row(other)] * 4
     greedy = [Sampling(run.config.generate.max_new_tokens)] * 4
-    assert write(swapped) == reply.replies(batching.prepare(run, trainable), swapped, rows, greedy)
+    assert write(swapped) == reply.replies(model, swapped, rows, greedy)
 
 
 def test_no_canaries() -> None:

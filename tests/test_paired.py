@@ -15,12 +15,13 @@ import pytest
 import untrained
 from tiny import call
 
-from qaperso import evaluate
+from qaperso import batching, evaluate
 from qaperso.data import synthetic
 from qaperso.data.store import Store, make_store
 from qaperso.eval import measure, paired, report
 from qaperso.eval.paired import Asked
 from qaperso.generate import Sampling
+from qaperso.run import Run
 from qaperso.types import Dialogue, Turn
 
 LEVEL = 0.999
@@ -264,13 +265,18 @@ def test_nobody_to_compare_with() -> None:
             }
 
 
-def test_the_same_queries_are_put_to_several(tmp_path: Path) -> None:
+def test_the_same_queries_are_put_to_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, store, trainable = untrained.opened(method="qar", qar__contrast="none")
     run = untrained.changed(run, generate__max_new_tokens=4)
-    wanted = measure.Wanted(replies=0, paired=2)
+    made: list[Run] = []
+    prepare = batching.prepare
+    monkeypatch.setattr(batching, "prepare", lambda *parts: made.append(parts[0]) or prepare(*parts))
+    wanted = measure.Wanted(replies=1, paired=2)
     found = measure.measure(run, trainable, store, "dev", 1, wanted, tmp_path / "replies.jsonl").metrics
     assert found["paired_gap"]["n"] == 2 and 0 < found["paired_within"]["value"] <= 1
     assert found["paired_agreement_chance"]["value"] == 1 / 8
+    # Whatever asks for replies, the model is made ready once.
+    assert made == [run]
 
 
 def test_a_negative_number_of_queries_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return heard
 
 
+def prepared(run: Run, trainable: Tree) -> Callable[[], Any]:
+    """The run ready to reply, once it is asked for."""
+    return lambda: batching.prepare(run, trainable)
+
+
 def some(store: Store, split: str, count: int) -> list[int]:
     places = store.split(split)
     return places[np.linspace(0, len(places) - 1, count).round().astype(int)].tolist()
@@ -57,7 +63,7 @@ def test_names_of_files() -> None:
 def test_records_hold_the_replies_of_the_model(qar: tuple[Run, Store, Tree], tmp_path: Path) -> None:
     run, store, trainable = qar
     indices = some(store, "dev", 6)[::-1]
-    found = predictions.collect(run, trainable, store, "dev", indices, 8, tmp_path / "p.jsonl")
+    found = predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, tmp_path / "p.jsonl")
     dialogues = [store.dialogues[i] for i in indices]
     how = [Sampling(4, 1.0, 1.0, r["seed"]) for r in found]
     model = batching.prepare(run, trainable)
@@ -81,7 +87,7 @@ def test_a_resumed_file_is_that_of_an_uninterrupted_run(
     run, store, trainable = qar
     indices = some(store, "dev", 11)
     monkeypatch.setattr(predictions, "CHUNK", 3)
-    whole = predictions.collect(run, trainable, store, "dev", indices, 8, tmp_path / "whole.jsonl")
+    whole = predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, tmp_path / "whole.jsonl")
     # Empty replies are replies.
     assert len(asked) == 11 and 0 < [r["reply"] for r in whole].count("") < 11
     asked.clear()
@@ -95,15 +101,15 @@ def test_a_resumed_file_is_that_of_an_uninterrupted_run(
     path = tmp_path / "p.jsonl"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(reply, "replies", killed)
-        predictions.collect(run, trainable, store, "dev", indices, 8, path)
+        predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path)
     before = asked.copy()
     assert len(before) == 3 * chunks == path.read_bytes().count(b"\n")
-    assert predictions.collect(run, trainable, store, "dev", indices, 8, path) == whole
+    assert predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path) == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     # Nobody was asked twice, and once all is there nobody is asked, nor is a model made.
     assert sorted(asked) == sorted(r["id"] for r in whole)
     monkeypatch.setattr(batching, "prepare", None)
-    assert predictions.collect(run, trainable, store, "dev", indices, 8, path) == whole
+    assert predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path) == whole
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -112,14 +118,14 @@ def test_a_torn_last_line_is_left_out_with_a_warning(
 ) -> None:
     run, store, trainable = qar
     indices, path = some(store, "dev", 4), tmp_path / "p.jsonl"
-    predictions.collect(run, trainable, store, "dev", indices, 8, path)
+    predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path)
     whole = path.read_bytes()
     # In the middle of a line, in the middle of a character, and before nothing but its end.
     last = whole.rindex(b"\n", 0, -1)
     for cut in (last + 20, whole.rindex("é".encode()) + 1, len(whole) - 1):
         asked.clear()
         path.write_bytes(whole[:cut])
-        predictions.collect(run, trainable, store, "dev", indices, 8, path)
+        predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path)
         lost = whole[cut:].count(b"\n")
         assert path.read_bytes() == whole and len(asked) == lost > 0
         assert f"{path}, line {4 - lost + 1}: cut off" in capsys.readouterr().err
@@ -128,13 +134,13 @@ def test_a_torn_last_line_is_left_out_with_a_warning(
 def test_only_what_is_still_true_is_reused(qar: tuple[Run, Store, Tree], tmp_path: Path, asked: list[str]) -> None:
     run, store, trainable = qar
     indices, path = some(store, "dev", 6), tmp_path / "p.jsonl"
-    whole = predictions.collect(run, trainable, store, "dev", indices, 8, path)
+    whole = predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path)
     content = path.read_bytes()
 
     def again(run: Run = run, store: Store = store, part: list[int] = indices, step: int = 8) -> int:
         """How many were asked anew."""
         asked.clear()
-        predictions.collect(run, trainable, store, "dev", part, step, path)
+        predictions.collect(run, prepared(run, trainable), store, "dev", part, step, path)
         return len(asked)
 
     # Of a part of the dialogues: the others' lines stay.
@@ -181,7 +187,7 @@ def test_a_corrupt_line_is_named(
 ) -> None:
     run, store, trainable = qar
     indices, path = some(store, "dev", 3), tmp_path / "p.jsonl"
-    predictions.collect(run, trainable, store, "dev", indices, 8, path)
+    predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path)
     lines = path.read_text(encoding="utf-8").splitlines()
     record = json.loads(lines[1])
     changes: dict[str, Any] = {"NULL": {"reply": None}, "TRUE": {"seed": True}}
@@ -191,13 +197,15 @@ def test_a_corrupt_line_is_named(
     path.write_bytes("".join(f"{one}\n" for one in lines).encode("utf-8", "surrogatepass"))
     content = path.read_bytes()
     with pytest.raises(UserError) as error:
-        predictions.collect(run, trainable, store, "dev", indices, 8, path)
+        predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path)
     assert str(error.value).startswith(f"{path}, line 2: {complaint}")
     assert "delete the line" in str(error.value) and path.read_bytes() == content
     # The mend that it names.
     path.write_text("".join(f"{one}\n" for one in (lines[0], lines[2])), encoding="utf-8")
     asked.clear()
-    assert len(predictions.collect(run, trainable, store, "dev", indices, 8, path)) == 3 and len(asked) == 1
+    assert (
+        len(predictions.collect(run, prepared(run, trainable), store, "dev", indices, 8, path)) == 3 and len(asked) == 1
+    )
 
 
 def test_fits(qar: tuple[Run, Store, Tree]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any
 
 import hypothesis
@@ -95,14 +94,6 @@ def test_a_planted_gain_is_found_and_none_where_there_is_none() -> None:
     deaf, _ = planted(dialogues, dict.fromkeys((1, 5, 20), 0.0))
     assert all(deaf[f"unseen_gain_{n}"] | {"n": 0} == dict(value=0, low=0, high=0, n=0) for n in (1, 5, 20))
     report.table("unseen", {"run": metrics})
-
-
-def test_points_of_the_curve() -> None:
-    metrics, _ = planted(people(ann=12, bo=8), {1: 0.25, 5: 0.5})
-    points = json.loads(json.dumps(unseen.curve(metrics)))
-    assert [(p["given"], p["left_out"]) for p in points] == [(0, 0), (1, 0), (5, 0), (20, 2)]
-    assert [p["gain"] and round(p["gain"]["value"], 9) for p in points] == [None, 0.25, 0.5, None]
-    assert points[3]["nll"] is None and points[0]["nll"] == metrics["unseen_nll_0"]
 
 
 def held_out(run: Run, store: Store, names: tuple[str, ...]) -> tuple[Run, Store]:

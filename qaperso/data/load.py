@@ -12,7 +12,7 @@ from qaperso.data import clusters, prepared, synthetic
 from qaperso.data.batches import make_examples
 from qaperso.data.plan import Shape
 from qaperso.data.store import Store, make_store
-from qaperso.data.text import Encoded
+from qaperso.data.text import Encoded, scored_turns
 from qaperso.errors import UserError
 from qaperso.types import Dialogue, Example
 
@@ -66,11 +66,6 @@ def encode_split(
             f"none of {len(indices)} dialogues fits batch.length={shape.length} and batch.targets={shape.targets}; "
             "raise them"
         )
-    expected = sum(len(_replies(store.dialogues[i], labels)) for i in indices)
+    asked = (store.dialogues[i] for i in indices)
+    expected = sum(len(scored_turns(d.turns, d.responder, d.replies, labels)) for d in asked)
     return examples, expected - sum(e.replies for sequences in encoded for e in sequences)
-
-
-def _replies(dialogue: Dialogue, labels: str) -> Sequence[int]:
-    if labels == "all":
-        return [i for i, turn in enumerate(dialogue.turns) if turn.speaker == dialogue.responder]
-    return dialogue.replies or (len(dialogue.turns) - 1,)

@@ -75,13 +75,11 @@ class Awareness:
 
     Attributes:
       metrics: see `gaps`.
-      per_querier: {gap: {querier: nats per token}}; a gap's value is the mean of its queriers'.
       scores: {metric: (nats, tokens)} of each of the split's dialogues, float64[n] each; 0 and 0 where one is left out.
       absent: {metric: why it is not there}.
     """
 
     metrics: dict[str, dict[str, float]]
-    per_querier: dict[str, dict[str, float]]
     scores: dict[str, tuple[np.ndarray, np.ndarray]]
     absent: dict[str, str]
 
@@ -161,13 +159,12 @@ def gaps(
         scores[name] = delta * compared, tokens * compared
     if not every:
         absent = {name: why for name, why in absent.items() if name not in GAPS}
-    found = Awareness({}, {}, scores, absent)
+    found = Awareness({}, scores, absent)
     for name, (nats, number) in scores.items():
         kept = np.flatnonzero(number)
         who, where = ([getattr(store.dialogues[i], key) for i in indices[kept]] for key in ("querier", "group"))
         if name in GAPS:
             found.metrics[name] = macro(nats[kept], number[kept], who, where, level=level)
-            found.per_querier[name] = _by_querier(nats[kept], number[kept], who)
         else:
             found.metrics[name] = bootstrap(nats[kept], number[kept], where, level=level)
     if names:
@@ -182,12 +179,6 @@ def _table(asked: dict[str, list[Asked | None]], score: Score) -> tuple[dict[str
     sums, counts = np.zeros((2, *there.shape))
     sums[there], counts[there] = score([a for column in asked.values() for a in column if a is not None])
     return dict(zip(asked, sums, strict=True)), dict(zip(asked, counts, strict=True))
-
-
-def _by_querier(sums: np.ndarray, counts: np.ndarray, who: Sequence[str]) -> dict[str, float]:
-    """Each querier's nats per token."""
-    names, member = np.unique(np.array(who), return_inverse=True)
-    return dict(zip(names.tolist(), (np.bincount(member, sums) / np.bincount(member, counts)).tolist(), strict=True))
 
 
 def conditions(store: Store, indices: np.ndarray, rows: bool, seed: int) -> dict[str, list[Asked | None]]:

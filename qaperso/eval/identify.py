@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_union
@@ -155,20 +155,6 @@ class Verdicts:
         """1 where a kind of text points to the true querier, 0 where to another; where to nobody, the chance."""
         pairs = zip(self.said[kind], self.querier, self.chance, strict=True)
         return np.array([guess if said is None else float(said == true) for said, true, guess in pairs])
-
-    def confusion(self) -> dict[str, tuple[list[str], Int[np.ndarray, "K K"]]]:
-        """Of each responder its K queriers and how often a reply to the i-th was taken for one to the j-th."""
-        result = {}
-        for responder in sorted(set(self.responder)):
-            here = [i for i, name in enumerate(self.responder) if name == responder]
-            people = sorted({self.querier[i] for i in here})
-            table = np.zeros((len(people), len(people)), int)
-            for i in here:
-                said = self.said["reply"][i]
-                if said is not None:
-                    table[people.index(self.querier[i]), people.index(said)] += 1
-            result[responder] = people, table
-        return result
 
 
 def judge(store: Store, indices: Sequence[int] | np.ndarray, written: Sequence[str]) -> Verdicts:

@@ -21,14 +21,13 @@ from scipy.special import expit
 
 from qaperso.endpoint import Messages
 from qaperso.errors import UserError
+from qaperso.eval import predictions
 from qaperso.eval.intervals import bootstrap
 
 # Texts for each list of questions, in its order.
 Complete = Callable[[Sequence[Messages]], Sequence[str]]
 Metrics = dict[str, dict[str, float]]
 
-FIELDS = dict.fromkeys(("id", "split", "querier", "responder", "query", "reference", "reply", "group"), str)
-FIELDS["step"] = int
 # What a pair shares; the runs must agree on it.
 SHARED = ("responder", "query", "reference", "group")
 # How much of a win each verdict is to the reply shown first.
@@ -68,32 +67,10 @@ def read_predictions(path: Path, split: str) -> dict[tuple[str, str], dict[str, 
     """A run's replies to the dialogues of a split, {(id, querier): line}; of several lines the last one counts.
 
     Raises:
-      UserError: no file, a broken line, no reply of the split, or replies of several checkpoints.
+      UserError: as `predictions.read`; no reply of the split, or replies of several checkpoints.
     """
     how = f"with python -m qaperso.evaluate --workdir {path.parent} --split {split}"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there; make it {how}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); make it again {how}") from error
-    found = {}
-    # Not splitlines: a reply may hold other characters that it takes for line ends.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: found no JSON ({error}), expected a reply; make it again {how}"
-            ) from error
-        for name, kind in FIELDS.items():
-            if not isinstance(record, dict) or type(record.get(name)) is not kind:
-                expected = f"an object with '{name}', {'a text' if kind is str else 'a whole number'}"
-                raise UserError(f"{path}:{number}: found {line[:40]!r}..., expected {expected}; make it again {how}")
-        if record["split"] == split:
-            found[record["id"], record["querier"]] = record
+    found = {(r["id"], r["querier"]): r for r in predictions.read(path) if r["split"] == split}
     if not found:
         raise UserError(f"{path} holds no reply of the {split} split; make it again {how}")
     steps = sorted({record["step"] for record in found.values()})

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from qaperso import batching, reply
+from qaperso import reply
+from qaperso.batching import Model
 from qaperso.data import synthetic
 from qaperso.data.store import Store
 from qaperso.errors import UserError
@@ -146,19 +147,20 @@ def find(run: Run, store: Store, split: str) -> list[Canary]:
     return found
 
 
-def leakage(run: Run, trainable: Tree, store: Store, split: str) -> Metrics:
+def leakage(run: Run, trainable: Tree, model: Callable[[], Model], store: Store, split: str) -> Metrics:
     """`measure` of a run. Who asks is in the row and, where `data.names` shows names, in the prompt.
+
+    `model` gives the run ready to reply (`batching.prepare`).
 
     Raises:
       UserError: no canaries in its data.
     """
     found = find(run, store, split)
-    model = batching.prepare(run, trainable)
     greedy = Sampling(run.config.generate.max_new_tokens)
 
     def write(dialogues: Sequence[Dialogue]) -> Sequence[str]:
         rows = [run.registry.row(d.querier) for d in dialogues]
-        return reply.replies(model, dialogues, rows, [greedy] * len(dialogues))
+        return reply.replies(model(), dialogues, rows, [greedy] * len(dialogues))
 
     def score(dialogues: Sequence[Dialogue]) -> np.ndarray:
         examples = [e for i, d in enumerate(dialogues) for e in _example(run, d, i)]

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qaperso import batching, reply
+from qaperso.batching import Model
 from qaperso.data import synthetic
 from qaperso.data.store import Store
 from qaperso.eval import (
@@ -68,6 +69,7 @@ class Measured:
       records: of `predictions.collect`.
       embedded: the split's dialogues, names visible; None where the method has no embeddings.
       notes: sentences on what is not there, and why.
+      model: gives the run ready to reply; made once, and not before it is needed.
     """
 
     items: Items
@@ -75,6 +77,7 @@ class Measured:
     records: list[predictions.Record]
     embedded: Embedded | None
     notes: list[str]
+    model: Callable[[], Model]
 
 
 def measure(run: Run, trainable: Tree, store: Store, split: str, step: int, wanted: Wanted, path: Path) -> Measured:
@@ -88,7 +91,7 @@ def measure(run: Run, trainable: Tree, store: Store, split: str, step: int, want
       path: where replies are kept, see `predictions.collect`.
     """
     gaps = awareness.measure(run, trainable, store, split, every=wanted.awareness)
-    items, absent = likelihoods(run, store, split, gaps.scores), dict(gaps.absent)
+    items, absent = items_of(run, store, split, gaps.scores), dict(gaps.absent)
     metrics: Metrics = {"reply_nll": gaps.metrics["reply_nll"]}
     metrics["perplexity"] = intervals.transformed(metrics["reply_nll"], np.exp)
     metrics |= gaps.metrics
@@ -99,27 +102,28 @@ def measure(run: Run, trainable: Tree, store: Store, split: str, step: int, want
         embedded = found.test.get("visible")
     else:
         embedded = retrieval.embed(run, trainable, store, store.split(split), "visible")
+    model = functools.cache(lambda: batching.prepare(run, trainable))
     indices, records = answerable(run, store, split, items, wanted.replies), []
     if indices:
-        records = predictions.collect(run, trainable, store, split, indices, step, path)
+        records = predictions.collect(run, model, store, split, indices, step, path)
         dialogues, texts = [store.dialogues[i] for i in indices], [record["reply"] for record in records]
         own = reply_scores(run, dialogues, items, texts)
         items = dataclasses.replace(items, scores={**items.scores, **own})
+        metrics |= {name: m for name, m in compare.metrics(items).items() if name in own}
         metrics |= overlap.score([d.reply for d in dialogues], texts, [d.group for d in dialogues])
         metrics |= lamp.score(dialogues, texts)
-        metrics |= {name: m for name, m in compare.metrics(items).items() if name in own and name not in metrics}
         metrics |= identify.metrics(identify.judge(store, indices, texts))
         if run.config.data.format == "synthetic":
             metrics |= town_chance(run, dialogues)
     if wanted.paired:
-        answers = same_queries(run, trainable, store, split, wanted.paired)
+        answers = same_queries(run, model(), store, split, wanted.paired)
         metrics |= paired.metrics(answers, identify.names(store.dialogues))
     metrics |= unseen.unseen_queriers(run, trainable, store) if wanted.unseen else {}
-    metrics |= leakage.leakage(run, trainable, store, split) if wanted.leakage else {}
-    return Measured(items, metrics, records, embedded, what_is_missing(items, absent))
+    metrics |= leakage.leakage(run, trainable, model, store, split) if wanted.leakage else {}
+    return Measured(items, metrics, records, embedded, what_is_missing(items, absent), model)
 
 
-def likelihoods(run: Run, store: Store, split: str, scores: dict[str, Columns]) -> Items:
+def items_of(run: Run, store: Store, split: str, scores: dict[str, Columns]) -> Items:
     """Items of a split's dialogues with what `awareness.gaps` found of them."""
     dialogues = [store.dialogues[i] for i in store.split(split)]
     vocabulary = json.dumps(run.tokenizer.get_vocab(), sort_keys=True)
@@ -179,9 +183,9 @@ def town_chance(run: Run, dialogues: Sequence[Dialogue]) -> Metrics:
     return {f"{part}_chance": {"value": v, "low": v, "high": v, "n": len(dialogues)} for part, v in found.items()}
 
 
-def same_queries(run: Run, trainable: Tree, store: Store, split: str, count: int) -> list[paired.Asked]:
+def same_queries(run: Run, model: Model, store: Store, split: str, count: int) -> list[paired.Asked]:
     """Replies to `count` queries of a split, each as to several queriers; see `paired.ask`."""
-    model, g = batching.prepare(run, trainable), run.config.generate
+    g = run.config.generate
     ways = functools.partial(reply.replies, model), functools.partial(reply.fits, run)
     how = Sampling(g.max_new_tokens, g.temperature, g.top_p)
     return paired.ask(*ways, store, store.split(split), count, how, seed=run.config.seed)

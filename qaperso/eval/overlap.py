@@ -29,7 +29,7 @@ _ALONE = re.compile(f"([{_KANA}{_HAN}])")
 
 
 def score(references: Sequence[str], replies: Sequence[str], groups: Sequence[str]) -> dict[str, dict[str, float]]:
-    """All scores of a run's replies.
+    """Scores of a run's replies that single replies do not have.
 
     Args:
       references: the true replies, n texts; either text of a pair may be empty.
@@ -37,13 +37,11 @@ def score(references: Sequence[str], replies: Sequence[str], groups: Sequence[st
       groups: what is resampled together, n names.
 
     Returns:
-      {name: {"value", "low", "high", "n"}}: rouge_1, rouge_2, rouge_l (means over replies), bleu, chrf (of the corpus),
-      distinct_1, distinct_2, self_bleu (of the set of replies). Without replies, values are NaN.
+      {name: {"value", "low", "high", "n"}}: bleu, chrf (of the corpus), distinct_1, distinct_2, self_bleu (of the set of
+      replies). Without replies, values are NaN.
     """
     tokenizer = bleu_tokenizer(references)
-    ones = np.ones(len(replies))
-    result = {name: intervals.bootstrap(x, ones, groups) for name, x in rouge(references, replies).items()}
-    result["bleu"] = intervals.bootstrap_statistic(bleu_counts(references, replies, tokenizer), groups, bleu)
+    result = {"bleu": intervals.bootstrap_statistic(bleu_counts(references, replies, tokenizer), groups, bleu)}
     result["chrf"] = intervals.bootstrap_statistic(chrf_counts(references, replies), groups, chrf)
     result |= {f"distinct_{order}": distinct(replies, groups, order) for order in (1, 2)}
     return result | {"self_bleu": self_bleu(replies, groups, tokenizer)}
@@ -52,7 +50,7 @@ def score(references: Sequence[str], replies: Sequence[str], groups: Sequence[st
 def compare(
     references: Sequence[str], a: Sequence[str], b: Sequence[str], groups: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Differences of two runs' overlap with the same true replies, A - B.
+    """Differences of two runs' BLEU and chrF against the same true replies, A - B.
 
     Args:
       references: the true replies, n texts.
@@ -60,11 +58,9 @@ def compare(
       groups: what is resampled together, n names.
 
     Returns:
-      {name: what `intervals.paired` gives} for rouge_1, rouge_2, rouge_l, bleu and chrf.
+      {name: what `intervals.paired` gives} for bleu and chrf.
     """
-    tokenizer, ones = bleu_tokenizer(references), np.ones(len(references))
-    rouges = rouge(references, a), rouge(references, b)
-    result = {k: intervals.paired(x, rouges[1][k], ones, groups, lower_is_better=False) for k, x in rouges[0].items()}
+    tokenizer, result = bleu_tokenizer(references), {}
     counts = [bleu_counts(references, x, tokenizer) for x in (a, b)]
     result["bleu"] = intervals.paired_statistic(*counts, groups, bleu, lower_is_better=False)
     counts = [chrf_counts(references, x) for x in (a, b)]

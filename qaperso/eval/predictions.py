@@ -10,21 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from qaperso import batching, reply
+from qaperso import reply
+from qaperso.batching import Model
 from qaperso.data.store import Store
 from qaperso.data.text import Encoded
 from qaperso.errors import UserError
 from qaperso.generate import Sampling
 from qaperso.run import Run
 
-Tree = Any
 Record = dict[str, Any]
 # Replies that are written to the file together; twice the slots of `reply.replies`, so that few of these idle.
 CHUNK = 64
@@ -49,8 +49,29 @@ def file_of(workdir: Path, split: str, stem: str = "predictions") -> Path:
     return workdir / (f"{stem}.jsonl" if split == "test" else f"{stem}_{split}.jsonl")
 
 
+def read(path: Path) -> list[Record]:
+    """The records of a file.
+
+    Raises:
+      UserError: it is not there, cannot be read, or a line is corrupt (a last line that was cut off is dropped with a
+        warning).
+    """
+    try:
+        return _parse(path.read_bytes(), path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; run python -m qaperso.evaluate --workdir {path.parent} first") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); run python -m qaperso.evaluate again") from error
+
+
 def collect(
-    run: Run, trainable: Tree, store: Store, split: str, indices: Sequence[int] | np.ndarray, step: int, path: Path
+    run: Run,
+    model: Callable[[], Model],
+    store: Store,
+    split: str,
+    indices: Sequence[int] | np.ndarray,
+    step: int,
+    path: Path,
 ) -> list[Record]:
     """Replies to dialogues: those that the file has already, and the others, which are written and added to it.
 
@@ -59,7 +80,8 @@ def collect(
     at all.
 
     Args:
-      run, trainable: who replies, as `run.restore` gives them.
+      run: who replies.
+      model: gives it ready to reply (`batching.prepare`); called where a reply is missing.
       store: of the run's data.
       split: whose dialogues these are.
       indices: of the dialogues in the store, whose prompts must fit a row.
@@ -85,13 +107,13 @@ def collect(
     # Short ones first: the cache is as long as the longest under way needs.
     left.sort(key=lambda i: len(prompts[i].tokens))
     if left:
-        model = batching.prepare(run, trainable)
+        ready = model()
         with path.open("ab") as file, tqdm(total=len(left), unit="reply", dynamic_ncols=True, disable=None) as bar:
             for start in range(0, len(left), CHUNK):
                 part = left[start : start + CHUNK]
                 dialogues, rows = [store.dialogues[i] for i in part], store.row[part].tolist()
                 how = [Sampling(**asked[i]["sampling"], seed=asked[i]["seed"]) for i in part]
-                written = reply.replies(model, dialogues, rows, how)
+                written = reply.replies(ready, dialogues, rows, how)
                 fresh = [asked[i] | {"reply": text} for i, text in zip(part, written, strict=True)]
                 records |= {r["id"]: r for r in fresh}
                 file.write(_lines(fresh))

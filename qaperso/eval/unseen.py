@@ -92,20 +92,6 @@ def learning(
     return metrics
 
 
-def curve(metrics: Metrics) -> list[dict[str, Any]]:
-    """What `learning` gave as points of a curve: {"given", "nll", "gain", "left_out"}, None where there is none."""
-    given = sorted({int(name.rpartition("_")[2]) for name in metrics if name.startswith("unseen_")})
-    return [
-        {
-            "given": n,
-            "nll": metrics.get(f"unseen_nll_{n}"),
-            "gain": metrics.get(f"unseen_gain_{n}"),
-            "left_out": int(metrics[f"unseen_left_out_{n}"]["value"]) if n else 0,
-        }
-        for n in given
-    ]
-
-
 def unseen_queriers(run: Run, trainable: Tree, store: Store, given: Sequence[int] = GIVEN, seed: int = 0) -> Metrics:
     """`learning` of a run's "unseen" split, each querier in a spare row.
 

@@ -30,18 +30,6 @@ from qaperso.methods import Setting
 from qaperso.methods.base import condition, counts, embeddings, loss, remember, weights
 from qaperso.types import QUERIER, RESPONDER, Dialogue, Turn
 
-__all__ = [
-    "condition",
-    "counts",
-    "declare",
-    "embeddings",
-    "loss",
-    "preface",
-    "reads_history",
-    "remember",
-    "weights",
-]
-
 Size = Callable[[Turn], int]
 SYSTEM = "system"
 # Words and people that a profile names.

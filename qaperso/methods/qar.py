@@ -21,18 +21,6 @@ from qaperso.models import towers
 from qaperso.models.decoder import Adapters
 from qaperso.types import Batch, Inputs
 
-__all__ = [
-    "condition",
-    "counts",
-    "declare",
-    "embeddings",
-    "loss",
-    "preface",
-    "reads_history",
-    "remember",
-    "weights",
-]
-
 Tree = Any
 PAPER_CLIP = 10.0
 

@@ -11,15 +11,3 @@ from qaperso.methods.base import (
     remember,
     weights,
 )
-
-__all__ = [
-    "condition",
-    "counts",
-    "declare",
-    "embeddings",
-    "loss",
-    "preface",
-    "reads_history",
-    "remember",
-    "weights",
-]
