@@ -285,7 +285,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(tiny.finished("qar")[0], tmp_path / "run")
     asked = []
     found = {"leak_exposure": {"value": 1.5, "low": 1.0, "high": 2.0, "n": 12}}
-    monkeypatch.setattr(leakage, "leakage", lambda run, trainable, store, split: asked.append(split) or found)
+    monkeypatch.setattr(leakage, "leakage", lambda run, trainable, model, store, split: asked.append(split) or found)
     words = ["--workdir", folder, "--split", "dev", "--replies", "0"]
     with tiny.patched():
         code, out, err = tiny.call(evaluate.main, *words, "--leakage")
