@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qaperso.errors import UserError
 
@@ -127,10 +127,21 @@ def flat(tree: Tree, is_leaf: Callable | None = None) -> Mapping[str, Any]:
 BATCH_AXES = ("data", "fsdp")
 
 
+def divides(mesh: Mesh | AbstractMesh, axes: Sequence[str], size: int) -> bool:
+    """Whether a dimension can be spread evenly over these axes of a mesh."""
+    return size % math.prod(mesh.shape[a] for a in axes) == 0
+
+
+def platform() -> str:
+    """What the program being traced is for: "cpu", "gpu" or "tpu"; the mesh in force says so, else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
 def constrain_batch(x: jax.Array, axis: int) -> jax.Array:
     """Keeps dimension `axis` of an activation spread over the batch axes of the mesh in force; no mesh, no effect."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or x.shape[axis] % math.prod(mesh.shape[a] for a in BATCH_AXES):
+    if mesh.empty or not divides(mesh, BATCH_AXES, x.shape[axis]):
         return x
     spec = [None] * x.ndim
     spec[axis] = BATCH_AXES

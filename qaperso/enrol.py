@@ -28,6 +28,7 @@ from qaperso.errors import UserError
 from qaperso.mesh import put_batch
 from qaperso.methods import Setting
 from qaperso.models import decoder, towers
+from qaperso.models.attention import segments
 from qaperso.models.decoder import Adapters
 from qaperso.models.linear import working
 from qaperso.run import Run
@@ -223,9 +224,9 @@ def _through(
     """One stream through stacked layers and their LoRA."""
     layers, own = weights
     model = dataclasses.replace(setting.model, layers=layers["q"].shape[0])
-    mask = decoder.causal_mask(inputs.segment, inputs.attend)
+    seen = segments(inputs.segment, inputs.attend)
     kept = dict(remat=setting.config.remat)
-    return decoder.run({"layers": layers}, x, inputs.position, mask, model, Adapters(lora=own), **kept)
+    return decoder.run({"layers": layers}, x, inputs.position, seen, model, Adapters(lora=own), **kept)
 
 
 def _predicting(states: Float[Array, "1 B S D"], batch: Batch) -> Float[Array, "1 B T D"]:

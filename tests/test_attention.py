@@ -1,16 +1,20 @@
-"""Blockwise attention against all scores at once, with its gradients."""
+"""Blockwise attention and the TPU kernel against all scores at once, with their gradients."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from qaperso.models.attention import BLOCK, attention
-from qaperso.models.decoder import causal_mask
+from qaperso import mesh as meshes
+from qaperso.models import splash
+from qaperso.models.attention import BLOCK, Segments, attention, segments
 
 W, B, H, KV, DIM = 2, 2, 6, 2, 8
 
@@ -30,43 +34,83 @@ def inputs(s: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     return tuple(jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True))
 
 
-def packed(s: int) -> jax.Array:
+def packed(s: int) -> Segments:
     """Three dialogues of different lengths in each row; the first row ends in padding."""
     segment = np.zeros((B, s), np.int32)
     for row, (first, second, third) in enumerate([(s // 3, s // 2, s - s // 8), (s // 5, s // 4, s)]):
         segment[row, :first], segment[row, first:second], segment[row, second:third] = 1, 2, 3
-    return causal_mask(jnp.asarray(segment), jnp.asarray(segment > 0))
+    return segments(jnp.asarray(segment), jnp.asarray(segment > 0))
+
+
+def check(function: Callable, s: int, causal: bool = True, tolerance: float = 1e-5) -> None:
+    """What a function gives, and its gradients, are those of `plain`."""
+    q, k, v = inputs(s)
+    seen = packed(s)
+    mask = seen.mask(slice(None), slice(None), causal)
+    # Padding sees no key; what it gives differs, is finite, and nobody reads it.
+    real = mask.any(-1)[None, :, :, None]
+
+    def total(function: Callable, given: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = function(q, k, v, given)
+        return jnp.sum(jnp.sin(jnp.where(real, out, 0))), out
+
+    both = [
+        jax.jit(jax.value_and_grad(functools.partial(total, f, given), (0, 1, 2), has_aux=True))(q, k, v)
+        for f, given in ((function, seen), (plain, mask))
+    ]
+    ((_, ours), own), ((_, expected), wanted) = both
+    np.testing.assert_allclose(jnp.where(real, ours, 0), jnp.where(real, expected, 0), rtol=tolerance, atol=tolerance)
+    assert jnp.isfinite(ours).all()
+    for gradient, right in zip(own, wanted, strict=True):
+        np.testing.assert_allclose(gradient, right, rtol=10 * tolerance, atol=2 * tolerance)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("s", [8, BLOCK, BLOCK + 1, 3 * BLOCK - 40])
 def test_blocks_are_the_whole_with_its_gradients(s: int, causal: bool) -> None:
-    q, k, v = inputs(s)
-    mask = packed(s) if causal else packed(s) | packed(s).mT
-    # Padding sees no key; what it gives differs, is finite, and nobody reads it.
-    real = mask.any(-1)[None, :, :, None]
+    check(functools.partial(attention, causal=causal), s, causal)
 
-    def total(function, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(jnp.where(real, function(q, k, v, mask), 0)))
 
-    blocks = functools.partial(attention, causal=causal)
-    ours, expected = blocks(q, k, v, mask), plain(q, k, v, mask)
-    np.testing.assert_allclose(jnp.where(real, ours, 0), jnp.where(real, expected, 0), rtol=1e-5, atol=1e-5)
-    assert jnp.isfinite(ours).all()
-    own, wanted = (jax.jit(jax.grad(lambda *a, f=f: total(f, *a), (0, 1, 2)))(q, k, v) for f in (blocks, plain))
-    for gradient, right in zip(own, wanted, strict=True):
-        np.testing.assert_allclose(gradient, right, rtol=1e-4, atol=2e-5)
+def interpreted(q: jax.Array, k: jax.Array, v: jax.Array, seen: Segments) -> jax.Array:
+    return splash.attention(q, k, v, *seen, interpret=True)
+
+
+def test_the_tpu_kernel_is_the_whole_with_its_gradients() -> None:
+    check(interpreted, 256)
+
+
+def test_the_tpu_kernel_under_a_mesh() -> None:
+    # Each of four devices gets one of two rows and one of two key-value heads.
+    made = jax.make_mesh((2, 1, 2), meshes.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4])
+    with jax.set_mesh(made):
+        check(interpreted, 128)
+
+
+def test_the_kernel_is_taken_on_tpus_for_rows_that_it_can_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def kernel(q: jax.Array, *_: jax.Array) -> jax.Array:
+        taken.append(q.shape[2])
+        return q.reshape(*q.shape[:3], -1)
+
+    monkeypatch.setattr(splash, "attention", kernel)
+    for where in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr("qaperso.models.attention.platform", lambda where=where: where)
+        for s in (128, 136):
+            jax.eval_shape(lambda *given: attention(*given), *inputs(s), packed(s))  # new, so that it is traced anew
+    assert taken == [128]
 
 
 def test_bfloat16_is_close_and_its_gradients_exist() -> None:
     q, k, v = inputs(BLOCK + 8)
-    mask = packed(BLOCK + 8) | jnp.eye(BLOCK + 8, dtype=bool)
+    seen = segments(packed(BLOCK + 8).query, jnp.ones((B, BLOCK + 8), bool))
+    jitted = jax.jit(attention)
     half = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
     # Results lie around 1; operands are rounded by 2^-9 and summed over 8 products.
-    np.testing.assert_allclose(np.asarray(attention(*half, mask), np.float32), attention(q, k, v, mask), atol=0.05)
+    np.testing.assert_allclose(np.asarray(jitted(*half, seen), np.float32), jitted(q, k, v, seen), atol=0.05)
 
     def total(*x: jax.Array) -> jax.Array:
-        return attention(*x, mask).astype(jnp.float32).sum()
+        return attention(*x, seen).astype(jnp.float32).sum()
 
     own, wanted = (jax.jit(jax.grad(total, (0, 1, 2)))(*x) for x in (half, (q, k, v)))
     for gradient, right in zip(own, wanted, strict=True):

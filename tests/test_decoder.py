@@ -13,7 +13,7 @@ import pytest
 from qaperso.data.batches import make_batch
 from qaperso.methods import Setting, load
 from qaperso.methods import base as method
-from qaperso.models import decoder, towers
+from qaperso.models import attention, decoder, towers
 from qaperso.models.config import FAMILIES, RopeScaling
 from qaperso.models.linear import working
 from qaperso.types import Batch, Inputs
@@ -146,9 +146,9 @@ def test_the_scan_is_layer_by_layer(split: int) -> None:
     adapters = load("qar").condition(run, trainable, inputs)
     assert decoder.split_of(adapters, run.model) == split
     x = decoder.embed(base, inputs.tokens, jnp.float32)
-    mask = decoder.causal_mask(inputs.segment, inputs.attend)
+    seen = attention.segments(inputs.segment, inputs.attend)
     tables = decoder.rope_tables(inputs.position, run.model)
-    one = jax.jit(lambda x, w, own: decoder.layer(x, w, own, tables, mask, run.model))
+    one = jax.jit(lambda x, w, own: decoder.layer(x, w, own, tables, seen, run.model))
     for i in range(run.model.layers):
         x = decoder.part(x, adapters.rows) if i == split else x
         weights, narrow = jax.tree.map(lambda w, i=i: w[i], (base["layers"], adapters.lora))

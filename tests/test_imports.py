@@ -15,7 +15,7 @@ data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slac
 data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews
 data.clean data.runs data.duplicates data.splits data.features data.clusters data.prepared data.shards data.merge
 data.topics data.store data.history data.text data.plan data.batches data.paper data.load
-models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer
+models.config models.base models.linear models.lora models.splash models.attention models.decoder models.gguf models.hf models.tokenizer
 models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
 methods.sft_rows methods.prompts mesh step checkpoint metrics run batching reply enrol
 eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness eval.retrieval eval.identify eval.paired

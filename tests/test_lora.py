@@ -12,7 +12,7 @@ import pytest
 
 from qaperso.methods import Setting, sft
 from qaperso.methods import base as method
-from qaperso.models import decoder, lora
+from qaperso.models import attention, decoder, lora
 from qaperso.types import Inputs
 
 DIM = 16
@@ -142,8 +142,8 @@ def test_layers_drop_different_elements(monkeypatch: pytest.MonkeyPatch) -> None
     base = helpers.build(helpers.setting("sft", config), sft)[1]
     inputs = helpers.device(helpers.batch(0).inputs)
     x = decoder.embed(base, inputs.tokens, jnp.float32)
-    mask = decoder.causal_mask(inputs.segment, inputs.attend)
-    jax.block_until_ready(decoder.run(base, x, inputs.position, mask, config, dropout=0.5, key=jax.random.key(0)))
+    within = attention.segments(inputs.segment, inputs.attend)
+    jax.block_until_ready(decoder.run(base, x, inputs.position, within, config, dropout=0.5, key=jax.random.key(0)))
     jax.effects_barrier()
     # The four inputs of a layer share its key (and fold their own number in); no two layers share one.
     assert len(seen) == 4 * config.layers and len(set(seen)) == config.layers

@@ -18,7 +18,7 @@ from qaperso.data import text
 from qaperso.data.store import make_store
 from qaperso.methods import base as base_method
 from qaperso.methods import qar
-from qaperso.models import decoder, towers
+from qaperso.models import attention, decoder, towers
 from qaperso.types import QUERIER, RESPONDER, TEMPLATE, Dialogue, Turn
 
 
@@ -128,11 +128,11 @@ def check_forward(ours: dict, theirs: dict, t: int) -> None:
 
 def all_layers(setting, base, adapters, inputs) -> jax.Array:
     """States after each layer, [L, W, B, S, D], without cache, dropout or rematerialisation."""
-    mask = decoder.causal_mask(inputs.segment, inputs.attend)
+    seen = attention.segments(inputs.segment, inputs.attend)
     tables = decoder.rope_tables(inputs.position, setting.model)
 
     def one(x, layer):
-        x = decoder.layer(x, *layer, tables, mask, setting.model)
+        x = decoder.layer(x, *layer, tables, seen, setting.model)
         return x, x
 
     x = decoder.embed(base, inputs.tokens, jnp.float32)

@@ -13,6 +13,7 @@ from qaperso import losses
 from qaperso.data.store import Store
 from qaperso.methods import Setting
 from qaperso.models import decoder, lora, towers
+from qaperso.models.attention import segments
 from qaperso.models.decoder import Adapters
 from qaperso.models.linear import working
 from qaperso.types import Batch, Dialogue, Inputs, Turn
@@ -67,9 +68,9 @@ def states(
     """Last layer's states of each tower, before any final norm. A key switches dropout on."""
     config = setting.config
     x = decoder.embed(base, inputs.tokens, working(config.dtype))
-    mask = decoder.causal_mask(inputs.segment, inputs.attend)
+    seen = segments(inputs.segment, inputs.attend)
     kept = dict(remat=config.remat, dropout=config.lora.dropout, key=key)
-    return decoder.run(base, x, inputs.position, mask, setting.model, adapters, **kept)
+    return decoder.run(base, x, inputs.position, seen, setting.model, adapters, **kept)
 
 
 def token_losses(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qaperso.arrays import ArraySpec, constrain_batch, fan_in
 from qaperso.models import lora
-from qaperso.models.attention import attention
+from qaperso.models.attention import Segments, attention, segments
 from qaperso.models.config import DecoderConfig
 from qaperso.models.linear import bits, matmul, narrower, product, unbits, working
 
@@ -123,8 +123,7 @@ def causal_mask(segment: Int[Array, "B S"], attend: Bool[Array, "B S"]) -> Bool[
       segment: of the tokens.
       attend: keys that may be attended to at all.
     """
-    place = jnp.arange(segment.shape[1])
-    return (segment[:, :, None] == segment[:, None, :]) & attend[:, None, :] & (place[None, :] <= place[:, None])[None]
+    return segments(segment, attend).mask(slice(None), slice(None))
 
 
 def swiglu(x: Float[Array, "... D"], gate: Array, up: Array, down: Array) -> Float[Array, "... D"]:
@@ -138,7 +137,7 @@ def layer(
     weights: Tree,
     adapters: Adapters,
     tables: Float[Array, "2 B S half"],
-    mask: Bool[Array, "B S S"],
+    seen: Segments,
     config: DecoderConfig,
     dropout: float = 0.0,
     key: jax.Array | None = None,
@@ -161,7 +160,7 @@ def layer(
     h = rms_norm(x, weights["attn_norm"], config.norm_eps)
     q, k, v = (heads(y, name) for y, name in zip(dense(h, "q", "k", "v"), "qkv", strict=True))
     q, k, v = (y.astype(narrower(y, weights["o"])) for y in (q, k, v))
-    x = x + dense(attention(q, k, v, mask).astype(x.dtype), "o")[0]
+    x = x + dense(attention(q, k, v, seen).astype(x.dtype), "o")[0]
 
     h = rms_norm(x, weights["mlp_norm"], config.norm_eps)
     gate, up = dense(h[0], "gate", "up")
@@ -195,7 +194,7 @@ def run(
     params: Tree,
     x: Float[Array, "1 B S D"],
     position: Int[Array, "B S"],
-    mask: Bool[Array, "B S S"],
+    seen: Segments,
     config: DecoderConfig,
     adapters: Adapters = Adapters(),
     *,
@@ -209,7 +208,7 @@ def run(
       params: base parameters, see `declare`.
       x: embedded inputs.
       position: within the dialogue.
-      mask: which keys each query may see, see `causal_mask`.
+      seen: which keys each query may see, see `attention.segments`.
       config: the decoder's shape.
       adapters: what the method adds.
       remat: "full" or "dots", what the backward pass recomputes.
@@ -225,7 +224,7 @@ def run(
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT[remat])
     def body(x: Array, scanned: tuple) -> tuple:
         weights, own, layer_key = scanned
-        x = layer(x, jax.tree.map(unbits, weights), own, tables, mask, config, dropout, layer_key)
+        x = layer(x, jax.tree.map(unbits, weights), own, tables, seen, config, dropout, layer_key)
         return constrain_batch(x, 1), None
 
     def through(x: Array, start: int, stop: int, specific: Tree | None) -> Array:
@@ -263,5 +262,5 @@ def forward(
 ) -> Float[Array, "B S D"]:
     """The base model alone: states after the final norm."""
     x = embed(params, tokens, working(params["embed"].dtype))
-    x = run(params, x, position, causal_mask(segment, attend), config)
+    x = run(params, x, position, segments(segment, attend), config)
     return rms_norm(x[0], params["norm"], config.norm_eps)

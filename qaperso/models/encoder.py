@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 
 from qaperso.arrays import BATCH_AXES, ArraySpec, fan_in, flat, is_spec
 from qaperso.errors import UserError
-from qaperso.models.attention import attention
+from qaperso.models.attention import Segments, attention, segments
 from qaperso.models.base import locate
 
 Tree = Any
@@ -163,9 +163,7 @@ def layer_norm(
     return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps) * scale + bias
 
 
-def layer(
-    x: Float[Array, "B S D"], weights: Tree, mask: Bool[Array, "B S S"], config: EncoderConfig
-) -> Float[Array, "B S D"]:
+def layer(x: Float[Array, "B S D"], weights: Tree, seen: Segments, config: EncoderConfig) -> Float[Array, "B S D"]:
     """One post-norm layer; `weights` are one layer's slices."""
     b, s, d = x.shape
 
@@ -176,7 +174,7 @@ def layer(
         return layer_norm(h, weights[name], weights[f"{name}_bias"], config.norm_eps)
 
     q, k, v = (dense(x, name).reshape(1, b, s, config.heads, d // config.heads) for name in "qkv")
-    x = norm(x + dense(attention(q, k, v, mask, causal=False)[0], "o"), "attn_norm")
+    x = norm(x + dense(attention(q, k, v, seen, causal=False)[0], "o"), "attn_norm")
     # The exact GELU: the tanh form differs by up to 5e-4 a layer.
     return norm(x + dense(jax.nn.gelu(dense(x, "up"), approximate=False), "down"), "mlp_norm")
 
@@ -191,8 +189,9 @@ def encode(
     with jax.default_matmul_precision("highest"):
         x = params["tokens"][tokens] + params["positions"][: tokens.shape[1]] + params["types"][0]
         x = layer_norm(x, params["norm"], params["norm_bias"], config.norm_eps)
-        mask = jnp.broadcast_to(present[:, None, :], (*present.shape, present.shape[1]))
-        x, _ = jax.lax.scan(lambda h, weights: (layer(h, weights, mask, config), None), x, params["layers"])
+        # One segment, padding included: it sees what is there, and nobody sees it.
+        seen = segments(jnp.ones_like(tokens), present)
+        x, _ = jax.lax.scan(lambda h, weights: (layer(h, weights, seen, config), None), x, params["layers"])
     if config.pooling == "cls":
         pooled = x[:, 0]
     else:
