@@ -9,8 +9,8 @@ the names are masked. Values of weights are random. On every side LoRA of rank 1
 - published (arXiv 2412.11736): for every reply its window of up to six turns as a sequence of its own, padded to 592
   tokens, four a batch, loss and logits at every position; the same QAR step otherwise, on as many devices.
 - peer: transformers + peft on the same windows, padded to the longest of their batch, the loss on the reply only. It gets
-  its own best of float32 and bfloat16 (with adapters of either), of eager and sdpa attention, of batches of 4, 8 and 16,
-  shuffled or sorted by length within pools of 50 batches; chosen by trials on a batch of middling size.
+  its own best of float32 and bfloat16 (with adapters of either), of eager and sdpa attention, of batches of 4 and 8 (16 took
+  20 GB), shuffled or sorted by length within pools of 50 batches; chosen by trials on a batch of middling size.
 
 Ours has the dtype of its config. With --dtype everybody has that one. Everybody has the same cores and a process of its own;
 all take turns. The rounds' batches are spread evenly over an epoch (the peer's by size). A program's rate is what it was
@@ -44,7 +44,7 @@ from qaperso.types import Batch, Example
 
 # Dialogues of large data sets that are used: tokenising all would take longer than measuring.
 LIMIT = 400
-BATCH_SIZES = (4, 8, 16)
+BATCH_SIZES = (4, 8)
 POOL = 50
 # Of our batches, packed and published.
 ROWS = 4
@@ -193,18 +193,21 @@ def measure(options: argparse.Namespace, data: Path | None) -> tuple[list[Ratio]
     }
     figures |= {"replies left out": left_out, "sequences": len(examples)}
     shape, workers = bench.corpus.shape, {}
+    # The peer first: while its settings are tried it takes the most memory of all.
+    lacking, offset = common.missing("torch", "peft"), 0
+    if lacking:
+        print(f"layout: peer {lacking}")
+        figures["peer"] = lacking
+    else:
+        workers["peer"], epochs["peer"], offset = open_peer(bench, windows, figures)
     makers = {str(d): (lambda d=d: bench.ours("qar", epochs["qar packed"], shape, d)) for d in options.devices}
     chosen, workers["qar packed"], trials = common.fastest(makers, lambda w: min(w.seconds([0, 0])))
     figures["devices"] = chosen
     figures |= {f"trial seconds, {d} devices": s for d, s in trials.items()}
-    name, offset = "qar published layout", 0
+    name = "qar published layout"
     workers[name] = bench.ours("qar", epochs[name], bench.published, int(chosen))
-    if lacking := common.missing("torch", "peft"):
-        print(f"layout: peer {lacking}")
-        figures["peer"] = lacking
-    else:
+    if not lacking:
         workers["sft packed"] = bench.ours("sft", epochs["sft packed"], shape, int(chosen))
-        workers["peer"], epochs["peer"], offset = open_peer(bench, windows, figures)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(rounds):
         for name, worker in workers.items():
