@@ -1,6 +1,6 @@
 # make demo   the main job on the embedded town, start to finish, a few minutes on two cores
 # make test   every fast test;  make prove  the slow tier, which writes docs/evidence
-# make results  what is missing of the suites' runs, resumable (MINUTES=30), and their tables
+# make results  what is missing of a suite's runs, resumable (MINUTES=30), and its table
 # make bench  every benchmark, tens of minutes on two cores: benchmarks/results.json and a table
 PYTHON ?= python3
 VENV := .venv
@@ -10,8 +10,9 @@ RUNS ?= runs
 SCENES ?=
 # prepared data sets, for make bench
 DATA ?=
-# how long make results works
+# how long make results works, and on which suite of configs/
 MINUTES ?= 30
+SUITE ?= suite_town
 
 # Huge pages for large arrays (glibc on Linux): faster training steps on CPUs. Other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -48,7 +49,7 @@ prove: $(VENV)/.tested smollm2
 	$(if $(SCENES),SCENES=$(SCENES)) $(RUN) -m pytest -m slow -s
 
 results: $(VENV)/.installed
-	$(RUN) -m qaperso.bench --suite configs/suite_town.py --output $(RUNS)/suite_town --minutes $(MINUTES)
+	$(RUN) -m qaperso.bench --suite configs/$(SUITE).py --output $(RUNS)/$(SUITE) --minutes $(MINUTES)
 
 bench: $(VENV)/.benched smollm2
 	$(RUN) benchmarks/bench.py $(if $(DATA),--data $(DATA))

@@ -20,5 +20,6 @@ def get_suite():
         },
         seeds=(0, 1, 2, 3, 4),
         against={"QAR": BASELINES, "QAR, names masked": tuple(f"{name}, names masked" for name in BASELINES)},
+        once=("retrieved examples", "retrieved examples, names masked"),
         metrics=("exact", "exact_heldout", "reply_nll", "swap_gap"),
     )

@@ -46,6 +46,7 @@ class Suite:
       metrics: names of metrics with values for each dialogue.
       before: runs that the others start from, trained once.
       evaluate: more options of `python -m qaperso.evaluate`.
+      once: methods that train nothing: run with the first seed, and compared with every seed of the others.
     """
 
     methods: Mapping[str, tuple[str, ...]]
@@ -54,6 +55,7 @@ class Suite:
     metrics: tuple[str, ...]
     before: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     evaluate: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +95,10 @@ def load_suite(path: Path) -> Suite:
     if lacking := sorted(needed - set(given)):
         raise UserError(f"suite '{path}' has no field '{lacking[0]}'")
     suite = Suite(**given)
-    for name in (*suite.against, *(base for bases in suite.against.values() for base in bases)):
+    for name in (*suite.against, *(base for bases in suite.against.values() for base in bases), *suite.once):
         if name not in suite.methods:
             raise UserError(
-                f"suite '{path}' compares '{name}', which is none of its methods{nearest(name, list(suite.methods))}"
+                f"suite '{path}' names '{name}', which is none of its methods{nearest(name, list(suite.methods))}"
             )
     return suite
 
@@ -107,6 +109,8 @@ def cells(suite: Suite, folder: Path) -> list[Cell]:
     found = [Cell("", 0, places[name], words[0], words[1:]) for name, words in suite.before.items()]
     for seed in suite.seeds:
         for method, (config, *overrides) in suite.methods.items():
+            if method in suite.once and seed != suite.seeds[0]:
+                continue
             filled = [text.format(**{k: str(v) for k, v in places.items()}) for text in overrides]
             place = folder / f"{_slug(method)}-{seed}"
             found.append(Cell(method, seed, place, config, (*filled, f"seed={seed}")))
@@ -189,7 +193,7 @@ def compare(suite: Suite, found: Mapping[tuple[str, int], Items]) -> dict[str, d
             for base, gaps in differences.items():
                 pairs = []
                 for seed, x in mine.items():
-                    other = found.get((base, seed))
+                    other = found.get((base, suite.seeds[0] if base in suite.once else seed))
                     gap = comparing.difference(x, other, metric) if other else None
                     pairs += [(seed, x.groups, *gap)] if gap is not None else []
                 if pairs:

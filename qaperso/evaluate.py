@@ -23,7 +23,7 @@ from qaperso.data import load
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Store
 from qaperso.errors import UserError, command
-from qaperso.eval import compare, gather, measure, overlap, page, predictions, report
+from qaperso.eval import compare, gather, measure, overlap, page, predictions, report, unseen
 from qaperso.eval.measure import Measured, Wanted
 from qaperso.eval.page import Report
 from qaperso.mesh import start_runtime
@@ -77,7 +77,7 @@ def evaluate(folder: Path, name: str, store: Store, split: str, wanted: Wanted, 
             path = predictions.file_of(folder, split, "across")
             records = predictions.collect(run, found.model, others, split, range(len(others.dialogues)), step, path)
             shown = dataclasses.replace(shown, across=gather.across(store, split, records))
-        shown = dataclasses.replace(shown, notes=found.notes)
+        shown = dataclasses.replace(shown, notes=found.notes, unseen=unseen.gains(found.metrics))
     return Scored(f"{name} @{step}", folder, step, found, report.jsonable(found.metrics), shown)
 
 

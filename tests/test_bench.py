@@ -54,6 +54,22 @@ def test_cells_come_base_first_then_seed_by_seed(suite_file: Path) -> None:
     assert found[2].overrides == (f"base={base}", "steps=7", "seed=0")
 
 
+def test_what_trains_nothing_is_run_once_and_compared_with_every_seed(suite_file: Path) -> None:
+    suite_file.write_text(TEXT.replace("        seeds=", '        once=("LoRA",),\n        seeds='), encoding="utf-8")
+    suite = bench.load_suite(suite_file)
+    assert [(c.method, c.seed) for c in bench.cells(suite, Path("runs")) if c.method] == [
+        ("Two towers", 0),
+        ("LoRA", 0),
+        ("Two towers", 1),
+    ]
+    one = np.ones(1)
+    values = {("Two towers", 0): 2.0, ("Two towers", 1): 4.0, ("LoRA", 0): 1.0}
+    found = {key: Items(("a",), ("q",), ("g",), {"nll": (one * x, one)}, "") for key, x in values.items()}
+    made = bench.compare(suite, found)
+    assert made["LoRA"]["value"]["nll"]["value"] == 1.0
+    assert made["Two towers"]["difference"]["LoRA"]["nll"]["value"] == 2.0  # the mean of 1 and 3
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -62,6 +78,7 @@ def test_cells_come_base_first_then_seed_by_seed(suite_file: Path) -> None:
         ("        seeds=(0, 1),\n", "", "no field 'seeds'"),
         ('("LoRA",)}', '("LoRa",)}', "did you mean 'LoRA'"),
         ('against={"Two', 'against={"Tow', "did you mean 'Two towers'"),
+        ("        seeds=", '        once=("LoRa",),\n        seeds=', "did you mean 'LoRA'"),
     ],
 )
 def test_a_wrong_suite_is_one_clear_error(suite_file: Path, old: str, new: str, expected: str) -> None:

@@ -86,6 +86,7 @@ def full(name: str = "tilda", said: str = "good day") -> Report:
         },
         chosen=2,
         swap={name: metric(0.25, 0.125, 0.375), "harald": metric(-0.5), "nobody": metric(NAN)},
+        unseen={1: metric(0.25, 0.125, 0.375, 3), 5: metric(0.5), 20: metric(NAN)},
         maps=[Map(3, "PCA", rng.normal(size=(8, 2)), [name, "harald"] * 4)],
         across=[Across(said, "maren", name, said, {name: said, "harald": ""})],
         clusters=[{"cluster": 3, "size": 5, "queriers": 2, "terms": ["bread", said], "examples": [said, "any?"]}],
@@ -116,6 +117,7 @@ def test_every_part_has_its_section_and_the_contents_name_it() -> None:
         "against": ["tilda \u2212 other", "-0.250", "-0.500 to -0.125", "below 0"],
         "curves": ["step", "nats per token", "training", "dev"],
         "swap": ["tilda (9)", "harald (9)", "swap gap, nats per reply token"],
+        "unseen": ["gain, nats per reply token", "dialogues that a row is fitted on"],
         "embeddings": ["Cluster 3: 8 dialogues", "PCA 1 (no unit)", "tilda", "harald"],
         "across": ["good day", "tilda really asked maren this", "harald", "nothing"],
         "clusters": ["bread, good day", "any?"],
@@ -219,6 +221,11 @@ def test_bars_are_in_order_of_their_values() -> None:
     many = {f"q{i:03}": metric(float(i), n=i) for i in range(100)}
     found = labels(plots.interval_bars("x", "Gap", "nats", many))
     assert "Gap (40 of 100)" in found and "q099 (99)" in found and "q059 (59)" not in found
+
+
+def test_the_curve_of_unseen_queriers_begins_at_nothing_given() -> None:
+    found = labels(plots.gain_curve("x", {1: metric(0.25, 0.125, 0.375), 5: metric(0.5), 20: metric(NAN)}))
+    assert [t for t in found if t in ("0", "1", "5", "20")] == ["0", "1", "5"]
 
 
 def test_maps_name_the_most_frequent_queriers() -> None:

@@ -106,6 +106,7 @@ class Report:
       against: the same for paired differences, by "ours - theirs".
       curves, chosen: see `plots.learning_curves`.
       swap: the swap gap by querier.
+      unseen: by how many dialogues a row was fitted on, what it gains for queriers whom training never met.
       maps: embeddings by cluster.
       across: the same query from several queriers.
       clusters: rows of `data.clusters.report`.
@@ -122,6 +123,7 @@ class Report:
     curves: Mapping[str, Sequence[tuple[int, float]]] = dataclasses.field(default_factory=dict)
     chosen: int | None = None
     swap: Mapping[str, Metric] = dataclasses.field(default_factory=dict)
+    unseen: Mapping[int, Metric] = dataclasses.field(default_factory=dict)
     maps: Sequence[Map] = ()
     across: Sequence[Across] = ()
     clusters: Sequence[Mapping[str, Any]] = ()
@@ -136,6 +138,7 @@ SECTIONS = (
     ("against", "Paired differences", "against"),
     ("curves", "Learning curves", "curves"),
     ("swap", "Swap gap by querier", "swap"),
+    ("unseen", "Queriers whom training never met", "unseen"),
     ("embeddings", "Embedding maps", "maps"),
     ("across", "The same query, other queriers", "across"),
     ("clusters", "What clusters hold", "clusters"),
@@ -178,6 +181,8 @@ def _plots(report: Report, present: Mapping[str, str]) -> dict[str, str]:
     if "swap" in present:
         unit = "swap gap, nats per reply token (dialogues in brackets)"
         found["swap"] = plots.interval_bars("swap", "Swap gap by querier", unit, report.swap)
+    if "unseen" in present:
+        found["unseen"] = plots.gain_curve("unseen", report.unseen)
     if "embeddings" in present:
         found["embeddings"] = plots.embedding_maps("embeddings", report.maps)
     if "lengths" in present:

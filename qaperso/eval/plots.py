@@ -139,6 +139,31 @@ def interval_bars(name: str, title: str, unit: str, metrics: Mapping[str, Metric
     return _svg(name, title, 0.9 + 0.21 * len(order), draw)
 
 
+def gain_curve(name: str, gains: Mapping[int, Metric]) -> str:
+    """What fitting a row gains over how many dialogues it is fitted on, with 95% intervals.
+
+    Args:
+      name: of the plot, see `learning_curves`.
+      gains: by the number of dialogues; 0 dialogues gain 0.
+    """
+    there = {0: {"value": 0.0, "low": 0.0, "high": 0.0}} | {n: m for n, m in gains.items() if not _missing(m["value"])}
+    count = sorted(there)
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        ax.plot(range(len(count)), [there[n]["value"] for n in count], color=COLOURS[0], marker="o")
+        for place, n in enumerate(count):
+            if not _missing(there[n]["low"]):
+                ax.vlines(place, there[n]["low"], there[n]["high"], color=INK, linewidth=1.2)
+        ax.axhline(0, color=INK, linewidth=0.8)
+        ax.set_xticks(range(len(count)), [str(n) for n in count])
+        ax.set_title("Queriers whom training never met")
+        ax.set_xlabel("dialogues that a row is fitted on")
+        ax.set_ylabel("gain, nats per reply token")
+
+    return _svg(name, "Queriers whom training never met", 2.6, draw)
+
+
 def embedding_maps(name: str, maps: Sequence[Map]) -> str:
     """Points of each cluster in a panel of its own, coloured by querier; the NAMED most frequent have names.
 

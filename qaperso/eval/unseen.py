@@ -92,6 +92,12 @@ def learning(
     return metrics
 
 
+def gains(metrics: Metrics) -> dict[int, dict[str, float]]:
+    """The curve of `learning`: by how many dialogues were given, `unseen_gain_N`; {} where it was not measured."""
+    found = {n: metrics.get(f"unseen_gain_{n}") for n in GIVEN}
+    return {n: metric for n, metric in found.items() if metric is not None}
+
+
 def unseen_queriers(run: Run, trainable: Tree, store: Store, given: Sequence[int] = GIVEN, seed: int = 0) -> Metrics:
     """`learning` of a run's "unseen" split, each querier in a spare row.
 
