@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qaperso import reply
+from qaperso import reply, writers
 from qaperso.batching import Model, prepare
 from qaperso.errors import UserError, command, nearest
 from qaperso.generate import Sampling
@@ -71,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError("several queriers are answered side by side to one query; give it with --once TEXT")
     if known.once is not None and not known.once.strip():
         raise UserError("--once is empty; give the text of a query")
-    model = prepare(run, restore(run)[0])
+    trainable = restore(run)[0]
+    writers.ready(run, trainable)
+    model = prepare(run, trainable)
     run = model.run  # without the base, whose memory is free again
     g = run.config.generate
     how = Sampling(

@@ -20,12 +20,14 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "remat": ("full", "dots"),
     "trainable": ("adapters", "all"),
-    "data.format": ("synthetic", "synthetic_base", "prepared"),
+    "data.format": ("synthetic", "synthetic_base", "synthetic_reviews", "prepared"),
     "data.names": ("visible", "responder", "masked"),
     "data.labels": ("reply", "all"),
     "qar.contrast": ("none", "in_batch", "prototypes"),
     "qar.memory": ("means", "bank"),
     "prompts.kind": ("zero_shot", "responder", "querier", "retrieved", "history"),
+    "dpl.writer": ("base", "endpoint"),
+    "dpl.select": ("kmeans", "least_similar", "random"),
 }
 
 
@@ -34,6 +36,7 @@ POSITIVE = (
     *("steps", "log_every", "checkpoint_every", "dev_dialogues", "keep_latest", "model", "batch", "lora.rank"),
     *("qar.rank", "qar.head_dim", "qar.bank_size", "qar.temperature", "data.per_pair", "data.count"),
     *("optimizer.lr", "optimizer.clip", "generate.max_new_tokens", "prompts.examples", "prompts.tokens"),
+    *("dpl.representatives", "dpl.words", "dpl.new_tokens"),
 )
 NOT_NEGATIVE = (
     *(
@@ -98,6 +101,16 @@ def default() -> ConfigDict:
     )
     # A preface: replies it shows (in a profile, or with their queries), and tokens it takes at most.
     c.prompts = ConfigDict(dict(kind="zero_shot", examples=4, tokens=256))
+    c.dpl = ConfigDict(
+        dict(
+            writer="base",  # who states differences and profiles: the base itself, or the environment's "endpoint"
+            representatives=4,  # others that a record is compared with, at most
+            select="kmeans",  # which others
+            gold=False,  # tell the true review's rating and title, as published
+            words=80,  # of a record or of an answer that are quoted at most
+            new_tokens=160,  # of an answer that the base writes at most
+        )
+    )
     c.optimizer = ConfigDict(dict(lr=1e-3, warmup=20, final=0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0))
     c.generate = ConfigDict(dict(max_new_tokens=64, temperature=0.0, top_p=1.0))
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
@@ -205,8 +218,8 @@ def _check(config: ConfigDict) -> None:
     for rule in config.sharding:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
             raise UserError(f"config.sharding holds {rule!r}, expected pairs of a regex and a mesh axis")
-    if config.method == "prompts" and (config.compat or config.trainable != "adapters"):
-        raise UserError("config.method='prompts' needs compat='' and trainable='adapters': it trains nothing")
+    if config.method in ("prompts", "dpl") and (config.compat or config.trainable != "adapters"):
+        raise UserError(f"config.method='{config.method}' needs compat='' and trainable='adapters': it trains nothing")
     if config.compat == "paper" and (config.qar.contrast, config.batch.dialogues) != ("prototypes", 1):
         raise UserError("config.compat='paper' needs qar.contrast='prototypes' and batch.dialogues=1, as published")
 

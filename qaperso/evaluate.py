@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qaperso import checkpoint
+from qaperso import checkpoint, writers
 from qaperso import config as configs
 from qaperso.data import load
 from qaperso.data.splits import SPLITS
@@ -66,6 +66,7 @@ def evaluate(folder: Path, name: str, store: Store, split: str, wanted: Wanted, 
     """
     run = open_run(folder)
     trainable, _, step = restore(run)
+    writers.ready(run, trainable)
     found = measure.measure(run, trainable, store, split, step, wanted, predictions.file_of(folder, split))
     for note in found.notes:
         print(f"{folder}: {note}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from qaperso import generate
@@ -63,6 +64,7 @@ def replies(
       batch: at most so many are drawn at a time, a power of two.
     """
     run = model.run
+    run.annotate([dataclasses.replace(d, replies=()) for d in dialogues])
     prompts = [make_prompt(run, d) for d in dialogues]
     batcher = Batcher(model, min(batch, generate.bucket(len(prompts), smallest=1)))
     # Short ones first: the cache is as long as the longest under way.

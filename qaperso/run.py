@@ -10,6 +10,8 @@ import functools
 import hashlib
 import itertools
 import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +22,7 @@ from jax.sharding import Mesh
 
 from qaperso import arrays, checkpoint, methods
 from qaperso import config as configs
-from qaperso.data import load, paper, synthetic
+from qaperso.data import load, paper
 from qaperso.data.plan import Shape
 from qaperso.data.store import Registry, Store
 from qaperso.data.text import (
@@ -94,6 +96,7 @@ class Run:
         # Every split but training predicts replies only: scores compare runs whatever they learned from.
         labels = self.config.data.labels if split == "train" else "reply"
         encode = functools.partial(self.encode, labels=labels)
+        self.annotate([store.dialogues[i] for i in store.split(split)[:limit]])
         return load.encode_split(store, store.split(split)[:limit], encode, self.shape, labels)
 
     def encode(self, dialogue: Dialogue, labels: str = "reply") -> list[Encoded]:
@@ -126,10 +129,21 @@ class Run:
 
     def preface(self, dialogue: Dialogue, reply: int = -1) -> tuple[Turn, ...]:
         """What the method puts before a dialogue of which turn number `reply` is asked for; that turn is blank."""
-        turns = dialogue.turns[:reply]
-        asked = dataclasses.replace(dialogue, turns=(*turns, Turn(dialogue.responder, "")), replies=())
         size = functools.partial(turn_size, self.tokenizer, self.template)
-        return tuple(self.method.preface(self.setting, self.store, asked, size))
+        return tuple(self.method.preface(self.setting, self.store, _blank(dialogue, reply), size))
+
+    def annotate(self, dialogues: Sequence[Dialogue]) -> Counter[str]:
+        """Has a language model asked at once what the prefaces of these dialogues need; counts, none by most methods."""
+        if self.setting.notes is None:
+            return Counter()
+        asked = [_blank(d, i) for d in dialogues for i in scored_turns(d.turns, d.responder, d.replies, "reply")]
+        return self.method.annotate(self.setting, self.store, asked)
+
+
+def _blank(dialogue: Dialogue, reply: int) -> Dialogue:
+    """A dialogue up to one of its replies, which is blank."""
+    turns = (*dialogue.turns[:reply], Turn(dialogue.responder, ""))
+    return dataclasses.replace(dialogue, turns=turns, replies=())
 
 
 def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
@@ -152,7 +166,7 @@ def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
             "of the mesh's data and fsdp axes"
         )
     clusters = 1 + max(int(store.cluster.max()), config.data.clusters - 1)
-    setting = Setting(config, model, store.registry.rows, clusters, store.classes)
+    setting = Setting(config, model, store.registry.rows, clusters, store.classes, notes=methods.notes(method, workdir))
     record = {
         "config": configs.to_json(config),
         "model": dataclasses.asdict(model),
@@ -187,14 +201,14 @@ def open_run(workdir: Path) -> Run:
     tokenizer = tokenizers.load_tokenizer(Location("workdir", workdir))
     classes = {k: jax.device_get(jnp.asarray(v, jnp.int32)) for k, v in record["classes"].items()}
     registry = Registry.from_json(record["registry"])
-    setting = Setting(config, model, registry.rows, record["clusters"], classes)
+    method = methods.load(config.method)
+    setting = Setting(config, model, registry.rows, record["clusters"], classes, notes=methods.notes(method, workdir))
     base, digest = load_base(config, location, model, mesh)
     if digest != record["base"]["sha256"]:
         raise UserError(
             f"{workdir}: its base '{name}' has changed since training (sha256 {digest[:12]}, recorded "
             f"{record['base']['sha256'][:12]}); bring the old weights back or train again"
         )
-    method = methods.load(config.method)
     store = _store_again(workdir, config, record) if method.reads_history(setting) else None
     return Run(workdir, setting, method, mesh, registry, tokenizer, template_of(tokenizer), base, record, store)
 
@@ -349,7 +363,7 @@ def _tokenizer(config: Any, location: Location) -> Tokenizer:
             f"config.base='random' has a tokeniser for the embedded world only, not for data.format="
             f"'{config.data.format}'; name a pretrained base"
         )
-    return tokenizers.word_tokenizer(synthetic.words())
+    return tokenizers.word_tokenizer(load.words(config.data))
 
 
 def _model(config: Any, location: Location, tokenizer: Tokenizer) -> DecoderConfig:

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.table import Table
 
-from qaperso import arrays, checkpoint, metrics, step
+from qaperso import arrays, checkpoint, metrics, step, writers
 from qaperso import config as configs
 from qaperso.data import batches, paper
 from qaperso.data.plan import Plan
@@ -98,6 +98,11 @@ def keep(run: Run, store: Store) -> int:
     Where they are there already nothing is done.
     """
     config = run.config
+    writers.ready(run, {})
+    if run.setting.notes is not None:
+        claim_workdir(run)  # now, since it is to hold what a language model answers
+        facts = run.annotate([store.dialogues[i] for i in store.split("dev")[: config.dev_dialogues]])
+        print(f"dev: {run.setting.notes.told(facts)}", file=sys.stderr)
     dev, _ = run.examples(store, "dev", config.dev_dialogues)
     claim_workdir(run)
     optimizer, _ = step.make_optimizer(config, config.steps)

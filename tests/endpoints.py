@@ -17,7 +17,8 @@ MODEL = "judge-1"
 class Server(ThreadingHTTPServer):
     """Answers by `reply`, a function of the last message's text; first it goes through `script`, one step a request.
 
-    A step is a function of the request's handler that answers in its own way, or None for an ordinary answer.
+    A step is a function of the request's handler (whose `body` is the question) that answers in its own way, or None for an
+    ordinary answer.
     """
 
     def __init__(self, reply: Callable[[str], str], script: list[Callable | None]):
@@ -49,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Reads the question and goes on by the script."""
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.body = body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             self.server.asked.append(body)
             self.server.keys.append(self.headers["Authorization"])

@@ -27,7 +27,7 @@ def test_reviews() -> None:
         responder="reviewer",
         querier="AE2",
         turns=(
-            Turn("AE2", "Write my review of this item.\nItem: B00\nRating: 4\nTitle of the review: Bright"),
+            Turn("AE2", "Write my review of this item.\nItem: B00"),
             Turn("reviewer", "Lights the whole quay."),
         ),
         group="AE2/B00",
@@ -53,9 +53,7 @@ def test_other_names_and_all_there_is(tmp_path: Path) -> None:
     }
     path.write_text(json.dumps([review, review | {"body": None}]))
     ((dialogue,), counts) = read(path, user="who", text="body")
-    assert (
-        dialogue.turns[0].text == "Write my review of this item.\nItem: Lamp\nDescription: Blue. Bright.\nRating: 4.5"
-    )
+    assert dialogue.turns[0].text == "Write my review of this item.\nItem: Lamp\nDescription: Blue. Bright."
     assert (dialogue.id, dialogue.group, dialogue.time) == ("a/0", "Ida/7", 1457540471.0)
     assert dialogue.fields == {"item": "7", "rating": 4.5, "item_title": "Lamp", "description": "Blue. Bright."}
     assert counts == {"empty reviews": 1}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qaperso.data import clusters, prepared, synthetic
+from qaperso.data import clusters, prepared, reviews_town, synthetic
 from qaperso.data.batches import make_examples
 from qaperso.data.plan import Shape
 from qaperso.data.store import Store, make_store
@@ -27,11 +27,18 @@ def load_dialogues(data: Any) -> list[Dialogue]:
         return synthetic.make_dialogues(synthetic.make_world(data.seed), data.per_pair)
     if data.format == "synthetic_base":
         return synthetic.make_base_dialogues(data.seed, data.count)
+    if data.format == "synthetic_reviews":
+        return reviews_town.make_reviews(reviews_town.make_world(data.seed))
     if not data.path:
         raise UserError(
             "data.format='prepared' needs a folder; give --config.data.path=DIR of python -m qaperso.prepare"
         )
     return prepared.read(Path(data.path))
+
+
+def words(data: Any) -> list[str]:
+    """The words of an embedded world, of which a random base's tokeniser is made; the town's two formats share theirs."""
+    return reviews_town.words() if data.format == "synthetic_reviews" else synthetic.words()
 
 
 def load_store(data: Any) -> Store:

@@ -311,6 +311,7 @@ def likelihoods(run: Run, trainable: Tree, store: Store) -> Score:
         numbers = {key: getattr(store, key)[place] for key in ("responder", "cluster", "text", "label")}
         row = np.array([a.row for a in asked], np.int32)
         said = dataclasses.replace(store, dialogues=tuple(a.dialogue for a in asked), row=row, **numbers)
+        run.annotate([a.dialogue for a in asked])
         encoded = [encoders[a.masked](a.dialogue) for a in asked]
         examples = make_examples(said, encoded, np.arange(len(asked)))
         keys = [_key(e, rows) for e in examples]

@@ -215,10 +215,13 @@ def asked_by_others(run: Run, store: Store, split: str) -> Store:
     places = shortest if len(shortest) >= QUESTIONS else places
     even = np.unique(np.linspace(0, max(len(places) - 1, 0), QUESTIONS).round().astype(int))
     places = [places[i] for i in even if i < len(places)]
-    dialogues, rows, origin = [], [], []
+    dialogues, rows, origin, asked = [], [], [], []
     for place, name in ((i, q) for i in places for q in askers(i)):
         old = store.dialogues[place]
-        new = dataclasses.replace(awareness.rename(old, name), id=f"{old.id} <- {name}")
+        asked.append((place, name, dataclasses.replace(awareness.rename(old, name), id=f"{old.id} <- {name}")))
+    run.annotate([dataclasses.replace(new, replies=()) for _, _, new in asked])
+    for place, name, new in asked:
+        old = store.dialogues[place]
         if reply.fits(run, new):
             dialogues.append(new)
             rows.append(int(store.row[place]) if name == old.querier else store.registry.row(name))

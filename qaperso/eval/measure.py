@@ -14,7 +14,7 @@ import numpy as np
 
 from qaperso import batching, reply
 from qaperso.batching import Model
-from qaperso.data import synthetic
+from qaperso.data import reviews_town, synthetic
 from qaperso.data.store import Store
 from qaperso.eval import (
     awareness,
@@ -90,6 +90,7 @@ def measure(run: Run, trainable: Tree, store: Store, split: str, step: int, want
       wanted: what.
       path: where replies are kept, see `predictions.collect`.
     """
+    facts = run.annotate([store.dialogues[i] for i in store.split(split)])
     gaps = awareness.measure(run, trainable, store, split, every=wanted.awareness)
     items, absent = items_of(run, store, split, gaps.scores), dict(gaps.absent)
     metrics: Metrics = {"reply_nll": gaps.metrics["reply_nll"]}
@@ -113,14 +114,15 @@ def measure(run: Run, trainable: Tree, store: Store, split: str, step: int, want
         metrics |= overlap.score([d.reply for d in dialogues], texts, [d.group for d in dialogues])
         metrics |= lamp.score(dialogues, texts)
         metrics |= identify.metrics(identify.judge(store, indices, texts))
-        if run.config.data.format == "synthetic":
+        if run.config.data.format in ("synthetic", "synthetic_reviews"):
             metrics |= town_chance(run, dialogues)
     if wanted.paired:
         answers = same_queries(run, model(), store, split, wanted.paired)
         metrics |= paired.metrics(answers, identify.names(store.dialogues))
     metrics |= unseen.unseen_queriers(run, trainable, store) if wanted.unseen else {}
     metrics |= leakage.leakage(run, trainable, model, store, split) if wanted.leakage else {}
-    return Measured(items, metrics, records, embedded, what_is_missing(items, absent), model)
+    missing = what_is_missing(items, absent) + ([f"{run.setting.notes.told(facts)}."] if facts else [])
+    return Measured(items, metrics, records, embedded, missing, model)
 
 
 def items_of(run: Run, store: Store, split: str, scores: dict[str, Columns]) -> Items:
@@ -166,6 +168,10 @@ def reply_scores(run: Run, dialogues: Sequence[Dialogue], items: Items, texts: S
 
     result = {"empty_replies": column([float(not text.strip()) for text in texts])}
     result |= {name: column(values) for name, values in overlap.rouge([d.reply for d in dialogues], texts).items()}
+    if run.config.data.format == "synthetic_reviews":
+        styled = [reviews_town.score_review(d, text) for d, text in zip(dialogues, texts, strict=True)]
+        for part in (*reviews_town.STYLES, "fact", "exact"):
+            result[part] = column([s[part] for s in styled])
     if run.config.data.format == "synthetic":
         town = [synthetic.score_reply(d, text) for d, text in zip(dialogues, texts, strict=True)]
         for part in ("exact", "address", "register", "fact"):
@@ -178,8 +184,8 @@ def reply_scores(run: Run, dialogues: Sequence[Dialogue], items: Items, texts: S
 
 def town_chance(run: Run, dialogues: Sequence[Dialogue]) -> Metrics:
     """What the embedded world's exact scores are by chance: computed, not sampled, so low and high are the value."""
-    world = synthetic.make_world(run.config.data.seed)
-    found = synthetic.chance(world, dialogues)
+    town = reviews_town if run.config.data.format == "synthetic_reviews" else synthetic
+    found = town.chance(town.make_world(run.config.data.seed), dialogues)
     return {f"{part}_chance": {"value": v, "low": v, "high": v, "n": len(dialogues)} for part, v in found.items()}
 
 

@@ -47,13 +47,18 @@ MEANING = {
     "paired_gap": "How far apart replies to different queriers are, less those to the same one, over the same queries.",
     "paired_agreement": "How often, of one query's replies, that to the true querier is nearest to the true reply.",
     "empty_replies": "Share of replies that hold no text; they score 0 wherever overlap is scored.",
-    "exact": "Share of replies that are right in every part: address, register, facts and intent (embedded town only).",
+    "exact": "Share of replies that are right in every part: address, register, facts and intent; of the town's reviews "
+    "length, warmth, order and facts (embedded worlds only).",
     "exact_heldout": "The same over pairs of querier and question that training never saw.",
     "address": "Share of replies that address the querier rightly (embedded town only).",
     "register": "Share of replies in the register that the querier gets (embedded town only).",
-    "fact": "Share of replies with the querier's own facts, of those that need one (embedded town only).",
+    "fact": "Share of replies with the querier's own facts, of those that need one; of reviews, with the item's.",
+    "length": "Share of reviews as long as the reviewer's are (the town's reviews only).",
+    "warmth": "Share of reviews as warm or cold as the reviewer's are (the town's reviews only).",
+    "order": "Share of reviews that begin with what the reviewer begins with, price or make (the town's reviews only).",
 } | dict.fromkeys(
-    ("exact_chance", "address_chance", "register_chance", "fact_chance"),
+    ("exact_chance", "address_chance", "register_chance", "fact_chance")
+    + ("length_chance", "warmth_chance", "order_chance"),
     "What somebody scores who knows the question and guesses the querier.",
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from qaperso.errors import UserError, nearest
 from qaperso.models.config import DecoderConfig
+from qaperso.notes import Notes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,6 +26,7 @@ class Setting:
       queriers: querier rows, the stranger's and spare ones included.
       clusters: number of query clusters.
       classes: {responder, querier, cluster: int32[C]}, the classes that occur in training.
+      notes: what a language model answers; None where the method asks none (it has no `annotate`).
     """
 
     config: Any
@@ -31,6 +34,12 @@ class Setting:
     queriers: int
     clusters: int
     classes: dict[str, np.ndarray]
+    notes: Notes | None = None
+
+
+def notes(method: ModuleType, folder: Path) -> Notes | None:
+    """Where a run keeps what a language model answers; None for methods that ask none."""
+    return Notes(folder) if hasattr(method, "annotate") else None
 
 
 def load(name: str) -> ModuleType:

@@ -157,7 +157,7 @@ def retrieved(store: Store, dialogue: Dialogue, names: str, count: int, tokens: 
     for by in ("pair", "querier"):
         if not items:
             told = [store.dialogues[i] for i in history(store, dialogue, by)]
-            items = [(_named(d, q, names), _named(d, r, names)) for d in told for q, r in exchanges(d)]
+            items = [(named(d, q, names), named(d, r, names)) for d in told for q, r in exchanges(d)]
     # The most recent first, so that it is what remains of equals; and none twice.
     items = list(dict.fromkeys(reversed(items)))
     nearness = bm25(tuple(query.text for query, _ in items), dialogue.query)
@@ -196,14 +196,15 @@ def recent(store: Store, dialogue: Dialogue, names: str, tokens: int, size: Size
     kept: list[Turn] = []
     for i in reversed(history(store, dialogue, "pair")):
         for turn in reversed(store.dialogues[i].turns):
-            named = _named(store.dialogues[i], turn, names)
-            tokens -= size(named)
+            told = named(store.dialogues[i], turn, names)
+            tokens -= size(told)
             if tokens < 0:
                 return kept[::-1]
-            kept.append(named)
+            kept.append(told)
     return kept[::-1]
 
 
-def _named(dialogue: Dialogue, turn: Turn, names: str) -> Turn:
+def named(dialogue: Dialogue, turn: Turn, names: str) -> Turn:
+    """A turn of a record, its speaker called as `names` has it; see `text.called`."""
     role = RESPONDER if turn.speaker == dialogue.responder else QUERIER
     return Turn(called(turn.speaker, role, names), turn.text)

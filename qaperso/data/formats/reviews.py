@@ -55,7 +55,9 @@ def read(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[Dialogue]:
-    """One dialogue a review: the user asks for it by item, rating and title; "reviewer" answers by the review.
+    """One dialogue a review: the user asks for it by the item; "reviewer" answers by the review.
+
+    Rating and title, which are as much the reviewer's as the text, are not in the request; `dpl.gold` tells them.
 
     - id: STEM/PLACE, with the file's name without its suffix and the review's byte offset (lines) or index (list).
     - group: USER/ITEM.
@@ -115,7 +117,7 @@ def _review(value: Any, keys: Mapping[str, tuple[str, ...]], name: str, place: s
             fields[meaning] = text
     time = as_time(value[said["time"]], at["time"]) if said["time"] else None
     text = as_text(value[said["text"]], at["text"]) if said["text"] else ""
-    turns = (Turn(user, _request(fields)), Turn(RESPONDER, text))
+    turns = (Turn(user, request(fields)), Turn(RESPONDER, text))
     return Dialogue(name, RESPONDER, user, turns, f"{user}/{item}", time=time, fields=fields)
 
 
@@ -129,10 +131,8 @@ def _rating(value: Any, place: str) -> float:
     fail(place, show(value), "a rating such as 4.0", "; write a number, or drop that key")
 
 
-def _request(fields: Mapping[str, Any]) -> str:
-    """What is asked of the reviewer: DPL gives title and description of the item, the rating, the review's title."""
+def request(fields: Mapping[str, Any]) -> str:
+    """What is asked of the reviewer: title and description of the item, as far as `fields` has them."""
     lines = ["Write my review of this item.", f"Item: {fields.get('item_title', fields['item'])}"]
     lines += [f"Description: {fields['description']}"] if "description" in fields else []
-    lines += [f"Rating: {fields['rating']:g}"] if "rating" in fields else []
-    lines += [f"Title of the review: {fields['title']}"] if "title" in fields else []
     return "\n".join(lines)
