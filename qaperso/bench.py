@@ -23,12 +23,11 @@ import numpy as np
 
 from qaperso import checkpoint
 from qaperso import config as configs
-from qaperso.errors import UserError, command, nearest
+from qaperso.errors import STOPPED, UserError, command, nearest
 from qaperso.eval import compare as comparing
 from qaperso.eval import intervals, report
 from qaperso.eval.compare import Items
 from qaperso.run import RECORD, read_record
-from qaperso.train import STOPPED
 
 # What evaluation of the test split leaves last.
 ITEMS = "items.npz"

@@ -1,23 +1,43 @@
-"""Checkpoints: everything needed to continue bit for bit, and nothing of the frozen base."""
+"""Checkpoints: everything needed to continue bit for bit, and nothing of the frozen base.
+
+A step's folder appears under its name once all of it is written (Orbax). What is read back is held against the configuration
+(names, shapes, dtypes) and against checksums of the values that were saved. A step that is damaged is put aside, and
+training goes on from the one before.
+"""
 
 from __future__ import annotations
 
 import json
+import shutil
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from qaperso import arrays
+from qaperso import arrays, storage
 from qaperso.errors import UserError
+from qaperso.mesh import host_copy
 from qaperso.step import TrainState
 
 Tree = Any
 METRIC = "dev_nll"
 ITEMS = ("trainable", "optimizer", "memory", "data")
+CHECKSUMS = "checksums"
+# Seconds of waiting for the save before, from which on storage is called slow.
+SLOW_SECONDS = 10.0
+
+
+class Damaged(Exception):
+    """A checkpoint is not what was saved."""
 
 
 def _open(folder: Path, keep_latest: int = 1, keep_best: int = 1, read_only: bool = False) -> ocp.CheckpointManager:
@@ -49,23 +69,71 @@ class Writer:
 
     def __init__(self, folder: Path, keep_latest: int, keep_best: int):
         self._manager = _open(folder, keep_latest, keep_best)
+        self._folder = folder
+        self._saving: int | None = None
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, metrics: Mapping[str, float] | None) -> None:
-        """Starts saving; a step that is already there is left alone."""
+        """Starts saving; a step that is already there is left alone. Waits for the save before, and says so where it is long."""
+        start = time.monotonic()
+        self._manager.wait_until_finished()
+        waited = time.monotonic() - start
+        if self._saving is not None and waited > SLOW_SECONDS and jax.process_index() == 0:
+            print(
+                f"training stood still for {waited:.0f} s until checkpoint {self._saving} was written: {self._folder} is slow; "
+                "raise checkpoint_every, or give a --workdir on a faster disk",
+                file=sys.stderr,
+            )
         if step in self._manager.all_steps():
             return
-        saved = {name: ocp.args.StandardSave(tree) for name, tree in _items(state).items() if jax.tree.leaves(tree)}
-        data = ocp.args.JsonSave({"step": step})
+        items = {name: tree for name, tree in _items(state).items() if jax.tree.leaves(tree)}
+        saved = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        data = ocp.args.JsonSave({"step": step, CHECKSUMS: checksums(items)})
         # force: the caller decides when; otherwise orbax would skip steps it has not been told of.
         self._manager.save(step, args=ocp.args.Composite(**saved, data=data), metrics=metrics, force=True)
+        self._saving = step
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at a step, on the devices and shardings of `like`."""
-        return _restore(self._manager, step, like)
+    def restore(self, state: TrainState) -> tuple[TrainState, int]:
+        """The state of the newest checkpoint that is whole, and its step; the given state and 0 where there is none.
+
+        Newer ones that are damaged are put aside, as `damaged_STEP` beside the checkpoints.
+
+        Args:
+          state: has the shapes, dtypes and shardings that are wanted.
+
+        Raises:
+          UserError: no checkpoint is whole, or they are of another configuration.
+        """
+        damaged: dict[int, Damaged] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                items = _read(self._folder / str(step), _items(state), f"checkpoint {step}")
+            except Damaged as error:
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                self._put_aside(bad, error, step)
+            return TrainState(trainable=items["trainable"], memory=items["memory"], **items["optimizer"]), step
+        if damaged:
+            step, error = next(iter(damaged.items()))
+            raise UserError(
+                f"{self._folder}: none of the {len(damaged)} checkpoints is whole (the newest: {error}); bring a copy back, or "
+                "give another --workdir to start anew"
+            )
+        return state, 0
+
+    def _put_aside(self, step: int, error: Damaged, instead: int) -> None:
+        place = self._folder.parent / f"damaged_{step}"
+        if jax.process_index() == 0:
+            print(f"{error}; put aside as {place}, going on from checkpoint {instead}", file=sys.stderr)
+            shutil.rmtree(place, ignore_errors=True)
+            (self._folder / str(step)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"put aside {step}")
+        self._manager.reload()
 
     def close(self) -> None:
         """Waits for saves under way."""
@@ -73,27 +141,88 @@ class Writer:
         self._manager.close()
 
 
-def _restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> TrainState:
-    wanted = {name: tree for name, tree in _items(like).items() if jax.tree.leaves(tree)}
-    for name, tree in wanted.items():
-        _compare(manager.directory / str(step) / name, tree, f"checkpoint {step}, {name}")
-    args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in wanted.items()}
-    found = manager.restore(step, args=ocp.args.Composite(**args))
-    progress = found["optimizer"]
-    memory = found["memory"] if "memory" in wanted else like.memory
-    return TrainState(
-        progress["step"], found["trainable"], progress["optimizer"], memory, progress["largest"], progress["skipped"]
-    )
+def checksums(tree: Tree) -> dict[str, str]:
+    """A number for each leaf, as 16 hexadecimal digits, which depends on its values and their places but not on shards.
+
+    So what one mesh saved can be checked on any other. Leaves have elements of at most four bytes.
+    """
+    found = {name: _checksum(x) for name, x in arrays.flat(tree).items()}
+    return {name: "".join(f"{int(part):08x}" for part in x) for name, x in host_copy(found).items()}
+
+
+@jax.jit
+def _checksum(x: Array) -> UInt32[Array, " 2"]:
+    """Two sums modulo 2**32 over mixed elements; integer sums do not depend on their order (ours)."""
+    if x.dtype == bool:
+        bits = x.astype(jnp.uint32)
+    else:
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    salts = (0x3C6EF372, 0xA54FF53A)
+    return jnp.stack([_mix(_mix(place ^ jnp.uint32(salt)) ^ bits).sum(dtype=jnp.uint32) for salt in salts])
+
+
+def _mix(x: Array) -> Array:
+    """A bijection of 32 bits in which each bit of the input changes half of the output's: lowbias32 of C. Wellons' search
+    for such functions, "Prospecting for Hash Functions" (2018)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def _read(folder: Path, items: Mapping[str, Tree], what: str) -> dict[str, Tree]:
+    """Items of a checkpoint, shaped and sharded like the given (abstract) trees; checked. An item without leaves stays as it is.
+
+    Args:
+      folder: of the step.
+      items: what is wanted.
+      what: the checkpoint's name in errors.
+
+    Raises:
+      UserError: the configuration declares something else than was saved.
+      Damaged: a part is missing, cannot be read, or is not what was saved; on all hosts where one says so.
+    """
+    wanted = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
+    problem, found = "", {}
+    # Handlers instead of the manager's restore, which has the hosts wait for each other: where one fails, the others would
+    # wait for ever.
+    try:
+        expected = ocp.JsonCheckpointHandler().restore(folder.absolute() / "data").get(CHECKSUMS, {})
+        for name, tree in wanted.items():
+            _compare(folder.absolute() / name, tree, f"{what}, {name}")
+            reader = ocp.StandardCheckpointHandler()
+            found[name] = reader.restore(folder.absolute() / name, args=ocp.args.StandardRestore(_abstract(tree)))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if storage.refusal(error):
+            raise
+        problem = " ".join(str(error).split())[:300] or type(error).__name__
+    if not _everywhere(not problem):
+        raise Damaged(f"{what} is damaged: {problem or 'another host cannot read it'}")
+    # Checkpoints of earlier versions have no checksums.
+    for name, value in checksums(found).items() if expected else ():
+        if expected.get(name) != value:
+            raise Damaged(
+                f"{what} is damaged: '{name}' is not what was saved (checksum {value}, was {expected.get(name)})"
+            )
+    return {name: found.get(name, tree) for name, tree in items.items()}
+
+
+def _everywhere(flag: bool) -> bool:
+    """Whether all hosts say so."""
+    if jax.process_count() == 1:
+        return flag
+    return bool(multihost_utils.process_allgather(np.asarray(flag, np.int32)).all())
 
 
 def _abstract(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), tree)
 
 
-def _compare(folder: Any, tree: Tree, what: str) -> None:
+def _compare(folder: Path, tree: Tree, what: str) -> None:
     """Orbax restores what it finds: compare names, shapes and dtypes first."""
-    with ocp.StandardCheckpointer() as reader:
-        metadata = reader.metadata(folder).item_metadata
+    metadata = ocp.StandardCheckpointHandler().metadata(folder)
     found = {k: (tuple(v.shape), str(v.dtype)) for k, v in arrays.flat(getattr(metadata, "tree", metadata)).items()}
     expected = {k: (tuple(v.shape), str(v.dtype)) for k, v in arrays.flat(tree).items()}
     for name in sorted(set(found) | set(expected)):
@@ -126,17 +255,21 @@ def choose(folder: Path) -> int:
 
 
 def load_trainable(folder: Path, step: int, trainable: Tree, memory: Tree) -> tuple[Tree, Tree]:
-    """Trainable and memory trees of a step, shaped and sharded like the given (abstract) trees."""
-    wanted = {"trainable": trainable, "memory": memory}
-    wanted = {name: tree for name, tree in wanted.items() if jax.tree.leaves(tree)}
-    if not wanted:
+    """Trainable and memory trees of a step, shaped and sharded like the given (abstract) trees.
+
+    Raises:
+      UserError: the step is damaged, or of another configuration.
+    """
+    items = {"trainable": trainable, "memory": memory}
+    if not jax.tree.leaves(items):
         return trainable, memory
-    with _open(folder, read_only=True) as manager:
-        for name, tree in wanted.items():
-            _compare(manager.directory / str(step) / name, tree, f"checkpoint {step}, {name}")
-        args = {name: ocp.args.StandardRestore(_abstract(tree)) for name, tree in wanted.items()}
-        found = manager.restore(step, args=ocp.args.Composite(**args))
-    return found.get("trainable", trainable), found.get("memory", memory)
+    try:
+        found = _read(folder / str(step), items, f"checkpoint {step}")
+    except Damaged as error:
+        raise UserError(
+            f"{error}; bring a copy of {folder / str(step)} back, or move it away to use another step"
+        ) from error
+    return found["trainable"], found["memory"]
 
 
 def write_json(path: Path, data: Any) -> None:

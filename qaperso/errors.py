@@ -1,11 +1,19 @@
-"""Errors that are the user's to mend: one line, exit code 2, no traceback."""
+"""Exit codes, and errors that are the user's to mend: one line, exit code 2, no traceback."""
 
 from __future__ import annotations
 
 import difflib
 import functools
+import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+# What a scheduler may start again is every exit code but 0 and this one.
+USER_ERROR = 2
+# Stopped by SIGTERM, after saving.
+STOPPED = 143
 
 
 class UserError(Exception):
@@ -27,7 +35,11 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:
-    """Wraps a command-line entry point: a UserError becomes one line on stderr and exit code 2."""
+    """Wraps a command-line entry point: a UserError becomes one line on stderr and exit code 2.
+
+    One of several JAX processes that fails, however it does, ends at once: an orderly exit waits for the others, which wait
+    for this one.
+    """
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -35,6 +47,25 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except UserError as error:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            return 2
+            if _among_others():
+                _end(USER_ERROR)
+            return USER_ERROR
+        except Exception:
+            if not _among_others():
+                raise
+            traceback.print_exc()
+            _end(1)
 
     return run
+
+
+def _among_others() -> bool:
+    """Whether this process has joined others; commands without JAX have not."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _end(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qaperso.arrays import BATCH_AXES
@@ -17,6 +18,8 @@ from qaperso.errors import UserError
 
 Tree = Any
 AXES = ("data", "fsdp", "tensor")
+# How long a process may be silent until the others give it up. Threads of their own report, so compiling does not count.
+HEARTBEAT_SECONDS = 30
 
 
 def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
@@ -64,17 +67,46 @@ def put_batch(batch: Tree, mesh: Mesh, axis: int) -> Tree:
 
 
 def host_copy(tree: Tree) -> Tree:
-    """Numpy copies of (fully addressable or replicated) arrays."""
-    return jax.tree.map(np.asarray, tree)
+    """Numpy copies. What is scattered over hosts is gathered leaf by leaf, for which all of them must ask."""
+
+    def leaf(x: Any) -> np.ndarray:
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            return multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(x)
+
+    return jax.tree.map(leaf, tree)
 
 
 def start_runtime() -> None:
-    """Joins the other processes where a launcher set a coordinator's address, and switches the compile cache on."""
+    """Joins the other processes where there are any, and switches the compile cache on.
+
+    A launcher says who they are (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`, see `qaperso.launch`), or
+    only that there are some (`QAPERSO_DISTRIBUTED=1`), and JAX asks the machine: Cloud TPU slices, GKE and SLURM know.
+
+    Raises:
+      UserError: those variables are not all there, or are no numbers.
+    """
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every folder that it opens to read
-    if "JAX_COORDINATOR_ADDRESS" in os.environ:
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
-        )
+    named = "JAX_COORDINATOR_ADDRESS" in os.environ
+    if named or os.environ.get("QAPERSO_DISTRIBUTED") == "1":
+        # JAX's own listener would swallow a SIGTERM that comes before training listens.
+        jax.config.update("jax_enable_preemption_service", False)
+        who = _who() if named else {}
+        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **who)
     if not jax.config.jax_compilation_cache_dir:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "qaperso" / "xla"))
+
+
+def _who() -> dict[str, int]:
+    """How many processes there are and which of them this is."""
+    found = {}
+    for name, variable in (("num_processes", "JAX_NUM_PROCESSES"), ("process_id", "JAX_PROCESS_ID")):
+        text = os.environ.get(variable, "")
+        if not text.isdecimal():
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS is set, but {variable} is '{text}', expected a number; start processes with "
+                "python -m qaperso.launch"
+            )
+        found[name] = int(text)
+    return found

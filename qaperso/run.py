@@ -249,36 +249,6 @@ def read_record(workdir: Path) -> dict:
     return record
 
 
-def claim_workdir(run: Run) -> None:
-    """Makes the run's folder, or checks that the folder there is this run's.
-
-    Raises:
-      UserError: it belongs to another configuration or other data, or is some other folder; nothing is touched.
-    """
-    folder = run.workdir
-    if (folder / RECORD).exists():
-        old = read_record(folder)
-        changed = configs.differences(configs.from_json(old["config"]), run.config)
-        if changed:
-            raise UserError(
-                f"{folder} is the workdir of another config ({'; '.join(changed[:4])}{'; ...' if changed[4:] else ''}); "
-                "give another --workdir, or the config it was made with"
-            )
-        for part, what in (("model", "base's shape"), ("registry", "queriers"), ("classes", "data"), ("base", "base")):
-            if json.loads(json.dumps(run.record[part])) != old[part]:
-                raise UserError(f"{folder}: the {what} changed since this run began; give another --workdir")
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists and is not a run's folder; give a --workdir that is new or empty")
-    if jax.process_index() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be made ({error.strerror}); give another --workdir") from error
-        tokenizers.save_tokenizer(run.tokenizer, folder / "tokenizer")
-        checkpoint.write_json(folder / RECORD, run.record)
-
-
 def declare(run: Run) -> tuple[Tree, Tree]:
     """Declarations of the run's trainable and memory trees."""
     return run.method.declare(run.setting)

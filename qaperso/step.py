@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from qaperso import arrays
 from qaperso.errors import UserError
+from qaperso.mesh import host_copy
 from qaperso.methods import Setting
 
 Tree = Any
@@ -207,10 +208,13 @@ def check_alive(largest: Tree) -> None:
 
 
 def params_hash(trainable: Tree) -> str:
-    """sha256 over the trainable leaves in key order: name, dtype, shape, bytes."""
+    """sha256 over the trainable leaves in key order: name, dtype, shape, bytes.
+
+    Where parts of a leaf lie on other hosts all of them must ask.
+    """
     digest = hashlib.sha256()
     for name, leaf in sorted(arrays.flat(trainable).items()):
-        value = np.asarray(leaf)
+        value = host_copy(leaf)
         digest.update(f"{name} {value.dtype} {value.shape}\n".encode())
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,51 +17,72 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.table import Table
 
 from qaperso import arrays, checkpoint, metrics, step, writers
 from qaperso import config as configs
+from qaperso.claim import claimed
 from qaperso.data import batches, paper
 from qaperso.data.plan import Plan
 from qaperso.data.store import Store
-from qaperso.errors import UserError, command
+from qaperso.errors import STOPPED, UserError, command
 from qaperso.eval import scores
 from qaperso.mesh import put_batch, start_runtime
-from qaperso.run import CHECKPOINTS, Run, claim_workdir, declare, initialise, new_run
+from qaperso.run import CHECKPOINTS, Run, declare, initialise, new_run
+from qaperso.stopping import StopSignal
 from qaperso.types import Batch, Example
 
 Tree = Any
-STOPPED = 143
 
 
 def train(config: Any, workdir: Path) -> int:
     """Trains one run to its last step, from wherever it is. Returns the exit code."""
-    # 1. Data, base, and the folder, in that order: bad input is found before anything is written.
+    # Data, base, and the folder, in that order: bad input is found before anything is written.
     run, store = new_run(config, workdir)
-    if not declare(run)[0]:
-        return keep(run, store)
-    examples, left_out = run.examples(store, "train")
-    dev, _ = run.examples(store, "dev", config.dev_dialogues)
-    claim_workdir(run)
+    trains = bool(declare(run)[0])
+    examples, left_out = run.examples(store, "train") if trains else ([], 0)
+    # What a language model answers is kept in the folder, so a method that asks one has dev encoded once that is claimed.
+    asks = run.setting.notes is not None
+    dev = [] if asks else run.examples(store, "dev", config.dev_dialogues)[0]
+    writers.ready(run, {})
+    with claimed(run):
+        if asks:
+            dev = ask(run, store)
+        return go_on(run, store, examples, left_out, dev) if trains else keep(run, dev)
 
-    # 2. The step, and its state: new, or the newest checkpoint's.
+
+def ask(run: Run, store: Store) -> list[Example]:
+    """The dev split's examples of a method that asks a language model, whose answers they need; says what was found."""
+    facts = run.annotate([store.dialogues[i] for i in store.split("dev")[: run.config.dev_dialogues]])
+    print(f"dev: {run.setting.notes.told(facts)}", file=sys.stderr)
+    return run.examples(store, "dev", run.config.dev_dialogues)[0]
+
+
+def go_on(run: Run, store: Store, examples: Sequence[Example], left_out: int, dev: Sequence[Example]) -> int:
+    """Trains from the newest checkpoint, or from the start, to the last step. Returns the exit code.
+
+    Args:
+      run: whose folder is claimed.
+      store: its data.
+      examples, left_out: of the training split.
+      dev: what is validated on.
+    """
+    # 1. The step, and its state: new, or the newest whole checkpoint's.
+    config, workdir = run.config, run.workdir
     optimizer, schedule = step.make_optimizer(config, config.steps)
     state, advance = step.start(run.setting, run.method, optimizer, *initialise(run), run.mesh)
     writer = checkpoint.Writer(workdir / CHECKPOINTS, config.keep_latest, config.keep_best)
-    start = writer.latest() or 0
-    if start:
-        state = writer.restore(start, state)
+    state, start = writer.restore(state)
     describe(run, state.trainable, store, examples, left_out, start)
 
-    # 3. Batches of the plan, and who listens.
+    # 2. Batches of the plan, and who listens.
     feed, rebuild = make_feed(run, examples, start)
     key = jax.random.key(config.seed)
     log = Log(run, state.trainable, start, schedule, rebuild)
-    stop = StopSignal()
+    stop = StopSignal(run.mesh)
 
-    # 4. The loop. Metrics are fetched one step late, so that dispatch never waits for them.
+    # 3. The loop. Metrics are fetched one step late, so that dispatch never waits for them.
     with jax.set_mesh(run.mesh), stop:
         pending, validated, code = None, {}, 0
         if not start:
@@ -86,25 +106,19 @@ def train(config: Any, workdir: Path) -> int:
                 break
     writer.close()
     log.close()
+    if code == 0:
+        digest = step.params_hash(state.trainable)
     if code == 0 and jax.process_index() == 0:
-        digest = step.params_hash(jax.device_get(state.trainable))
         print(f"final step={config.steps} loss={log.last_loss(workdir)!r} params=sha256:{digest}")
     return code
 
 
-def keep(run: Run, store: Store) -> int:
+def keep(run: Run, dev: Sequence[Example]) -> int:
     """Makes a run of a method that trains nothing: a record, a line of metrics, a checkpoint of step 0; 0, the exit code.
 
     Where they are there already nothing is done.
     """
     config = run.config
-    writers.ready(run, {})
-    if run.setting.notes is not None:
-        claim_workdir(run)  # now, since it is to hold what a language model answers
-        facts = run.annotate([store.dialogues[i] for i in store.split("dev")[: config.dev_dialogues]])
-        print(f"dev: {run.setting.notes.told(facts)}", file=sys.stderr)
-    dev, _ = run.examples(store, "dev", config.dev_dialogues)
-    claim_workdir(run)
     optimizer, _ = step.make_optimizer(config, config.steps)
     state, _ = step.start(run.setting, run.method, optimizer, *initialise(run), run.mesh)
     writer = checkpoint.Writer(run.workdir / CHECKPOINTS, config.keep_latest, config.keep_best)
@@ -148,29 +162,6 @@ def validate(run: Run, trainable: Tree, dev: Sequence[Example]) -> dict[str, flo
     return {checkpoint.METRIC: float(sums.sum() / counts.sum())}
 
 
-class StopSignal:
-    """Listens for SIGTERM; all hosts agree on the step at which they stop."""
-
-    def __init__(self) -> None:
-        self._heard = False
-
-    def __enter__(self) -> StopSignal:
-        self._before = signal.signal(signal.SIGTERM, self._hear)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _hear(self, *_: Any) -> None:
-        self._heard = True
-
-    def agreed(self) -> bool:
-        """Whether any host was told to stop."""
-        if jax.process_count() == 1:
-            return self._heard
-        return bool(multihost_utils.process_allgather(np.asarray(self._heard)).any())
-
-
 class Log:
     """Writes what steps report, and stops a run whose numbers have gone bad."""
 
@@ -207,7 +198,8 @@ class Log:
         print(f"step {number}: loss or gradient is not finite; the update was left out", file=sys.stderr)
         if values["skipped"] > self._run.config.max_skipped:
             path = self._run.workdir / f"bad_batch_{number}.npz"
-            np.savez(path, **arrays.flat(self._rebuild(number - 1)))
+            if self._main:
+                np.savez(path, **arrays.flat(self._rebuild(number - 1)))
             raise UserError(
                 f"{int(values['skipped'])} updates had a loss or gradient that is not finite, more than "
                 f"max_skipped={self._run.config.max_skipped}; the batch of step {number} is in {path}; "

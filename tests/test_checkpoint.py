@@ -54,7 +54,15 @@ def test_the_best_is_kept_while_the_metric_rises(tmp_path):
 def test_whole_state_comes_back_bit_for_bit(folder):
     writer = checkpoint.Writer(folder, keep_latest=1, keep_best=1)
     assert writer.latest() == 5
-    helpers.assert_trees_equal(writer.restore(5, like(state(value=0.0))), state(value=5))
+    restored, number = writer.restore(like(state(value=0.0)))
+    assert number == 5
+    helpers.assert_trees_equal(restored, state(value=5))
+    writer.close()
+
+
+def test_without_a_checkpoint_the_state_stays_as_it_is(tmp_path):
+    writer, given = checkpoint.Writer(tmp_path, keep_latest=1, keep_best=1), state()
+    assert writer.restore(given) == (given, 0)
     writer.close()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "qaperso"
 
 # Each stage may import from itself (above it in this list) and from earlier ones.
-ORDER = """errors types arrays config engine endpoint notes differences data.contrast data.town data.synthetic
+ORDER = """errors storage types arrays config engine endpoint notes differences data.contrast data.town data.synthetic
 data.formats.common data.formats data.formats.jsonl data.formats.mqdialog data.formats.scenes data.formats.script
 data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slack data.formats.discord
 data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews data.clean data.runs
@@ -16,10 +16,10 @@ data.duplicates data.splits data.features data.clusters data.prepared data.shard
 data.history data.peers data.text data.plan data.batches data.paper data.reviews_town data.load models.config
 models.base models.linear models.lora models.splash models.attention models.decoder models.gguf models.hf
 models.tokenizer models.towers models.inference models.encoder models.embedder losses generate methods methods.base
-methods.sft methods.qar methods.sft_rows methods.prompts methods.dpl mesh step checkpoint metrics run batching reply
-writers enrol eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness eval.retrieval
-eval.identify eval.paired eval.canaries eval.leakage eval.unseen eval.report eval.predictions eval.judge eval.plots
-eval.page eval.gather eval.measure annotate prepare train evaluate judge bench chat""".split()
+methods.sft methods.qar methods.sft_rows methods.prompts methods.dpl mesh step checkpoint metrics run claim stopping
+batching reply writers enrol eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness
+eval.retrieval eval.identify eval.paired eval.canaries eval.leakage eval.unseen eval.report eval.predictions
+eval.judge eval.plots eval.page eval.gather eval.measure annotate prepare train evaluate judge bench chat launch""".split()
 
 
 def imported(path: Path) -> set[str]:

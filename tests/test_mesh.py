@@ -58,3 +58,29 @@ def test_host_copy_gives_back_what_was_placed() -> None:
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(back))
     for name in whole:
         np.testing.assert_array_equal(back[name], whole[name])
+
+
+def joined(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[dict]:
+    """What JAX's runtime is told under these variables."""
+    told: list[dict] = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **words: told.append(words))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "QAPERSO_DISTRIBUTED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    mesh.start_runtime()
+    return told
+
+
+def test_who_joins_whom(monkeypatch: pytest.MonkeyPatch) -> None:
+    silence = {"heartbeat_timeout_seconds": mesh.HEARTBEAT_SECONDS}
+    assert joined(monkeypatch) == []
+    assert joined(monkeypatch, QAPERSO_DISTRIBUTED="1") == [silence]
+    address = {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1"}
+    numbers = {"num_processes": 2, "process_id": 0}
+    assert joined(monkeypatch, **address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0") == [numbers | silence]
+    with pytest.raises(UserError, match="but JAX_PROCESS_ID is '', expected a number; start .* qaperso.launch"):
+        joined(monkeypatch, **address, JAX_NUM_PROCESSES="2")
+    with pytest.raises(UserError, match="but JAX_NUM_PROCESSES is 'two'"):
+        joined(monkeypatch, **address, JAX_NUM_PROCESSES="two", JAX_PROCESS_ID="0")

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from qaperso.data import paper
 from qaperso.data.batches import sequential
-from qaperso.mesh import put_batch
+from qaperso.mesh import host_copy, put_batch
 from qaperso.methods import Setting, base
 from qaperso.run import Run
 from qaperso.types import Batch, Example
@@ -39,7 +39,7 @@ def reply_nll(run: Run, trainable: Tree, examples: Sequence[Example]) -> tuple[n
             if run.config.compat == "paper":
                 batch = paper.as_published(batch, run.setting.model.eos_ids[0])
             found = batch_nll(run.setting, run.method, trainable, run.base, put_batch(batch, run.mesh, 0))
-            total, number = map(np.asarray, found)
+            total, number = host_copy(found)
             for r, row in enumerate(rows):
                 sums[row], counts[row] = total[r, : len(row)], number[r, : len(row)]
     return sums, counts
