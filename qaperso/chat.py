@@ -1,13 +1,21 @@
 """python -m qaperso.chat --workdir DIR --querier NAME [NAME ...] [--once TEXT]
 
-Talks to a run as somebody it knows, or as "stranger". Several queriers ask the same and are answered side by side.
+Talks to a run as somebody it knows, or as "stranger"; replies appear as they are written. With several queriers each text is
+answered to all of them, side by side. Lines may also come from a pipe. Commands:
+
+    /as NAME          go on as somebody else, from the beginning
+    /compare [TEXT]   what several queriers are told when they ask this, or else what was asked last
+    /history          what was said
+    /clear            begin anew
+    /help  /quit      this; leave (Ctrl-D does too). Ctrl-C stops a reply
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,22 +24,33 @@ from rich.text import Text
 
 from qaperso import reply, writers
 from qaperso.batching import Model, prepare
+from qaperso.data.store import STRANGER_NAME
 from qaperso.errors import UserError, command, nearest
 from qaperso.generate import Sampling
 from qaperso.mesh import start_runtime
 from qaperso.run import Run, open_run, restore
 from qaperso.types import Turn
 
+# Others who are compared with whoever talks, where no others are named.
+OTHERS = 3
+
 
 def answer_one(model: Model, history: list[Turn], querier: str, text: str, responder: str, how: Sampling) -> None:
-    """Streams one reply to the terminal and adds query and reply to the history."""
-    run, pieces = model.run, []
+    """Streams one reply to the terminal and adds query and reply to the history; Ctrl-C ends the reply where it is.
+
+    A reply that was stopped before its first word leaves the history as it was.
+    """
+    run, pieces, stopped = model.run, [], False
     asked = reply.question(run, history, querier, text, responder)
-    for piece in reply.stream(model, asked, run.registry.row(querier), how):
-        print(piece, end="", flush=True)
-        pieces.append(piece)
-    print()
-    history += [Turn(querier, text), Turn(responder, "".join(pieces))]
+    try:
+        for piece in reply.stream(model, asked, run.registry.row(querier), how):
+            pieces.append(piece)
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        stopped = True
+    print(" [stopped]" if stopped else "")
+    if pieces or not stopped:
+        history += [Turn(querier, text), Turn(responder, "".join(pieces))]
 
 
 def answer_all(model: Model, queriers: Sequence[str], text: str, responder: str, how: Sampling) -> None:
@@ -48,10 +67,133 @@ def answer_all(model: Model, queriers: Sequence[str], text: str, responder: str,
     Console().print(table)
 
 
+@dataclasses.dataclass
+class Session:
+    """One conversation, which commands change.
+
+    Attributes:
+      model: that replies.
+      responder: as whom.
+      queriers: who talks; several are answered side by side, and nothing is remembered.
+      how: replies are drawn.
+      history: what was said.
+      last: what was asked last.
+    """
+
+    model: Model
+    responder: str
+    queriers: tuple[str, ...]
+    how: Sampling
+    history: list[Turn] = dataclasses.field(default_factory=list)
+    last: str = ""
+
+    def take(self, line: str) -> bool:
+        """Does what a line says; False where it says to leave.
+
+        Raises:
+          UserError: no such command or querier, or a query that fits no row.
+        """
+        word, _, rest = line.strip().partition(" ")
+        if not word.startswith("/"):
+            self.ask(line.strip())
+            return True
+        commands: dict[str, Callable[[str], None]] = {
+            "/as": self.become,
+            "/compare": self.compare,
+            "/history": self.show,
+            "/clear": self.clear,
+            "/help": lambda _: print(__doc__.partition("Commands:\n\n")[2].rstrip()),
+        }
+        if word in ("/quit", "/exit"):
+            return False
+        if word not in commands:
+            raise UserError(f"'{word}' is no command{nearest(word, [*commands, '/quit'])}")
+        commands[word](rest.strip())
+        return True
+
+    def ask(self, text: str) -> None:
+        """Puts a query, as whoever talks."""
+        if not text:
+            return
+        self.last = text
+        if len(self.queriers) > 1:
+            self.compare(text)
+        else:
+            answer_one(self.model, self.history, self.queriers[0], text, self.responder, self.how)
+
+    def become(self, name: str) -> None:
+        """Goes on as somebody else; what another one said is not theirs to go on from."""
+        if not name:
+            known = ", ".join([*self.model.run.registry.known, STRANGER_NAME])
+            raise UserError(f"/as needs a name; known are {known}")
+        self.model.run.registry.row(name)
+        self.queriers = (name,)
+        self.clear("")
+
+    def compare(self, text: str) -> None:
+        """Puts a query, or the last one, as several queriers: those who talk, or whoever talks, others and the stranger."""
+        text = text or self.last
+        if not text:
+            raise UserError("/compare has nothing to compare yet; write /compare TEXT")
+        self.last = text
+        queriers = self.queriers
+        if len(queriers) == 1:
+            others = [name for name in self.model.run.registry.known if name not in queriers][:OTHERS]
+            queriers = tuple(dict.fromkeys((*queriers, *others, STRANGER_NAME)))
+        try:
+            answer_all(self.model, queriers, text, self.responder, self.how)
+        except KeyboardInterrupt:
+            print("[stopped]")
+
+    def show(self, _: str) -> None:
+        """Prints what was said."""
+        print("\n".join(f"{turn.speaker}: {turn.text}" for turn in self.history) or "nothing was said yet")
+
+    def clear(self, _: str) -> None:
+        """Begins anew."""
+        self.history.clear()
+
+    def talk(self, lines: Iterator[str], patient: bool) -> None:
+        """Takes lines until there are no more.
+
+        Args:
+          lines: of a terminal or a pipe.
+          patient: whether a mistake is told and the next line taken, as a person at a terminal would have it.
+
+        Raises:
+          UserError: a mistake, where it is not told.
+        """
+        for line in lines:
+            try:
+                if not self.take(line):
+                    return
+            except UserError as error:
+                if not patient:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+
+
+def typed(session: Session) -> Iterator[str]:
+    """Lines that somebody types, each after a prompt that names who talks; Ctrl-C drops the line."""
+    while True:
+        try:
+            yield input(f"{' '.join(session.queriers)}> ")
+        except KeyboardInterrupt:
+            print("\n/quit or Ctrl-D leaves")
+        except EOFError:
+            print()
+            return
+
+
 @command
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m qaperso.chat", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m qaperso.chat",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--workdir", required=True, metavar="DIR")
     parser.add_argument("--querier", required=True, nargs="+", metavar="NAME", help='"stranger" = nobody it knows')
     parser.add_argument("--responder", metavar="NAME", help="needed where the run has several")
@@ -67,14 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for querier in known.querier:
         run.registry.row(querier)
     responder = _responder(run, known.responder)
-    if len(known.querier) > 1 and known.once is None:
-        raise UserError("several queriers are answered side by side to one query; give it with --once TEXT")
     if known.once is not None and not known.once.strip():
         raise UserError("--once is empty; give the text of a query")
     trainable = restore(run)[0]
     writers.ready(run, trainable)
     model = prepare(run, trainable)
-    run = model.run  # without the base, whose memory is free again
     g = run.config.generate
     how = Sampling(
         known.max_new_tokens or g.max_new_tokens,
@@ -82,21 +221,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         g.top_p if known.top_p is None else known.top_p,
         known.seed,
     )
+    # From here on there is `model.run`, without the base, whose memory is free again.
+    del run
+    session = Session(model, responder, tuple(dict.fromkeys(known.querier)), how)
     if known.once is not None:
-        if len(known.querier) > 1:
-            answer_all(model, known.querier, known.once, responder, how)
-        else:
-            answer_one(model, [], known.querier[0], known.once, responder, how)
-        return 0
-    history: list[Turn] = []
-    prompt = f"{known.querier[0]}> " if sys.stdin.isatty() else ""
-    while True:
-        try:
-            text = input(prompt).strip()
-        except (EOFError, KeyboardInterrupt):
-            return 0
-        if text:
-            answer_one(model, history, known.querier[0], text, responder, how)
+        session.ask(known.once)
+    elif sys.stdin.isatty():
+        session.talk(typed(session), patient=True)
+    else:
+        session.talk(iter(sys.stdin), patient=False)
+    return 0
 
 
 def _check_sampling(known: argparse.Namespace) -> None:

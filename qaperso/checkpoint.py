@@ -110,13 +110,13 @@ class Writer:
         damaged: dict[int, Damaged] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                items = _read(self._folder / str(step), _items(state), f"checkpoint {step}")
+                found = self.state_of(step, state)
             except Damaged as error:
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():
                 self._put_aside(bad, error, step)
-            return TrainState(trainable=items["trainable"], memory=items["memory"], **items["optimizer"]), step
+            return found, step
         if damaged:
             step, error = next(iter(damaged.items()))
             raise UserError(
@@ -124,6 +124,16 @@ class Writer:
                 "give another --workdir to start anew"
             )
         return state, 0
+
+    def state_of(self, step: int, state: TrainState) -> TrainState:
+        """One checkpoint's state, shaped and sharded like the given (abstract) one.
+
+        Raises:
+          UserError: it is of another configuration.
+          Damaged: it is not what was saved.
+        """
+        items = _read(self._folder / str(step), _items(state), f"checkpoint {step}")
+        return TrainState(trainable=items["trainable"], memory=items["memory"], **items["optimizer"])
 
     def _put_aside(self, step: int, error: Damaged, instead: int) -> None:
         place = self._folder.parent / f"damaged_{step}"

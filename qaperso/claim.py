@@ -10,6 +10,7 @@ import jax
 
 from qaperso import checkpoint, storage
 from qaperso import config as configs
+from qaperso.data.store import Registry
 from qaperso.errors import UserError
 from qaperso.models import tokenizer as tokenizers
 from qaperso.run import RECORD, Run, read_record
@@ -56,6 +57,11 @@ def check(run: Run) -> None:
     inside = {path.name for path in folder.iterdir()} if folder.is_dir() else {""} if folder.exists() else set()
     if (folder / RECORD).exists():
         old = read_record(folder)
+        if Registry.from_json(old["registry"]).forgotten:
+            raise UserError(
+                f"{folder}: somebody was forgotten in this run, and its data still has them; train anew without them with"
+                f" python -m qaperso.forget --workdir {folder} --retrain NEW"
+            )
         changed = configs.differences(configs.from_json(old["config"]), run.config)
         if changed:
             raise UserError(

@@ -79,6 +79,7 @@ def default() -> ConfigDict:
             context=5,  # turns that a reply of a long dialogue sees at least, where they fit
             clusters=16,  # 0 = as given by the data
             spare_rows=4,
+            without=(),  # queriers who are left out: names, or what the receipts of qaperso.forget call them
         )
     )
     # Bounds of a row and a batch; `queriers` x `per_querier` dialogues of one cluster meet in a batch (0 = plain shuffling).
@@ -215,6 +216,9 @@ def _check(config: ConfigDict) -> None:
         )
     if not 0 < config.generate.top_p <= 1:
         raise UserError(f"config.generate.top_p is {config.generate.top_p}, expected more than 0, at most 1")
+    for name in config.data.without:
+        if not isinstance(name, str) or not name:
+            raise UserError(f"config.data.without holds {name!r}, expected names of queriers, as in ('ida',)")
     for rule in config.sharding:
         if not (isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str)):
             raise UserError(f"config.sharding holds {rule!r}, expected pairs of a regex and a mesh axis")

@@ -1,242 +1,307 @@
-"""A row for a querier whom training never met, fitted on a few dialogues while everything else stays as it is.
+"""python -m qaperso.enrol --workdir DIR --querier NAME --input PATH [PATH ...] [--responder NAME]
+python -m qaperso.enrol --workdir DIR --again
 
-The row begins as the stranger's. That is what the model answers unknown people with, and where rows are dropped in training
-(`qar.drop_row`) what it has learned to answer them with: no dialogue, no step and no gain are then the same thing, and
-whatever a fit changes comes from the dialogues it was given. No reply was ever learned under the mean of all rows.
+Makes somebody known to a run from a few dialogues in which it answers them, of any format that `prepare` reads. Only a row of
+their own is fitted; the checkpoints stay as they are, byte for byte. What was learned is in DIR/enrolled, a file a person.
+--again fits the rows of all who were enrolled anew, after training went on. Exit codes: 0 done, 2 bad input.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import functools
-import math
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import flax.struct
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float
 
-from qaperso import generate, losses
-from qaperso.arrays import BATCH_AXES
-from qaperso.data.batches import sequential
-from qaperso.errors import UserError
-from qaperso.mesh import put_batch
-from qaperso.methods import Setting
-from qaperso.models import decoder, towers
-from qaperso.models.attention import segments
-from qaperso.models.decoder import Adapters
-from qaperso.models.linear import working
-from qaperso.run import Run
-from qaperso.types import STRANGER, Batch, Example, Inputs
+from qaperso import people, rows
+from qaperso.data import formats, shards
+from qaperso.data.formats.common import as_name
+from qaperso.data.store import STRANGER_NAME, Registry
+from qaperso.errors import UserError, command, nearest
+from qaperso.mesh import start_runtime
+from qaperso.people import Person
+from qaperso.run import Run, open_run, restore
+from qaperso.types import STRANGER, Dialogue, Example
 
 Tree = Any
 
-STEPS = 40
-# Of the first step, in units of how far trained rows lie from the stranger's.
-RATE = 0.3
-# That a step reads at most: more dialogues take turns, so that a fit of many takes no longer than one of a few.
-TOKENS = 1024
-
-_ADAM = optax.scale_by_adam()
+# Seconds of silence after which a conversation begins anew, as `prepare` has it by default.
+SILENCE = 6 * 3600.0
+# So many dialogues are enough to hold some of them out, at most this share.
+ENOUGH, HELD_OUT = 5, 1 / 3
 
 
-def table_of(trainable: Tree) -> Float[Array, "Q D"]:
-    """The querier table of a run's trained parameters.
+def read_dialogues(paths: Sequence[Path], responders: Sequence[str], kind: str | None = None) -> list[Dialogue]:
+    """The dialogues of files or folders in which some responders answer, read and cut as `prepare` does it.
+
+    Args:
+      paths: each of any format.
+      responders: whose replies are kept.
+      kind: the format of all; None = found out.
 
     Raises:
-      UserError: its method has none.
+      UserError: nothing there, no known format, or a file that is not as its format has it.
     """
-    table = trainable.get("tower", {}).get("rows")
-    if table is None:
+    dialogues = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, path in enumerate(paths):
+            work = Path(folder, str(number))
+            work.mkdir()
+            reading = shards.Reading(kind or formats.detect(path)[0], tuple(responders), silence=SILENCE)
+            for task in shards.read_tasks(reading, [path], work):
+                shards.read_shard(task)
+                dialogues += shards.saved(task.target)
+    return dialogues
+
+
+def of_querier(dialogues: Sequence[Dialogue], name: str, responders: Sequence[str], where: str) -> list[Dialogue]:
+    """The dialogues in which one of the responders answers the querier.
+
+    Raises:
+      UserError: there is none.
+    """
+    own = [d for d in dialogues if d.querier == name and d.responder in responders]
+    if not own:
+        asking = {d.querier for d in dialogues if d.responder in responders}
+        said = ", ".join(f"'{r}'" for r in responders[:4]) + (", ..." if len(responders) > 4 else "")
         raise UserError(
-            "found no querier rows in this run, expected some to fit one more; train with config.method=qar,"
-            " config.qar.querier_embedding=True and without config.compat"
+            f"{where}: found no dialogue in which {said} answers '{name}', expected at least one"
+            + (
+                nearest(name, asking)
+                if asking
+                else "; nobody is answered there: is the responder called so in the file?"
+            )
         )
-    return table
+    return own
 
 
-def spare_row(run: Run, trainable: Tree) -> int:
-    """The first row of the table that nobody has.
+def hold_out(dialogues: Sequence[Dialogue]) -> tuple[list[Dialogue], list[Dialogue]]:
+    """Dialogues to learn from, and those of the last group to score, as far as there are enough (ours).
+
+    Held out is the newest group, or where no times are known the last, that is no more than a third of all; none where
+    there are fewer than five dialogues, or no such group.
+    """
+    order = sorted(dialogues, key=lambda d: -np.inf if d.time is None else d.time)
+    groups = dict.fromkeys(d.group for d in reversed(order))
+    sizes = {group: sum(d.group == group for d in order) for group in groups}
+    small = [group for group in groups if sizes[group] <= HELD_OUT * len(order)]
+    if len(order) < ENOUGH or not small:
+        return list(dialogues), []
+    return [d for d in dialogues if d.group != small[0]], [d for d in dialogues if d.group == small[0]]
+
+
+def encode(run: Run, dialogues: Sequence[Dialogue]) -> tuple[list[Example], int]:
+    """Sequences of dialogues, and how many of their replies are in none, as too long for a row."""
+    number = {name: i for i, name in enumerate(run.registry.responders)}
+    examples, replies = [], sum(max(len(d.replies), 1) for d in dialogues)
+    for i, d in enumerate(dialogues):
+        # What the contrast reads is not there.
+        ids = dict(querier=STRANGER, responder=number[d.responder], cluster=0, text=i, label=-1, index=i)
+        for e in run.encode(d):
+            examples.append(Example(e.tokens, e.role, e.predicted, **ids, cut=e.cut))
+            replies -= e.replies
+    return examples, replies
+
+
+def enrol(run: Run, trainable: Tree, step: int, name: str, dialogues: Sequence[Dialogue]) -> Person:
+    """Fits a row to somebody new; nothing is written, and `run` and `trainable` stay as they are.
+
+    Args:
+      run: opened without those who came after training.
+      trainable: of its checkpoint.
+      step: of that checkpoint.
+      name: of the querier.
+      dialogues: in which they are answered by responders of the run.
+
+    Returns:
+      The person in the run's first free row. `found` has "seconds"; "learned", "held_out" and "left_out", numbers of dialogues
+      and, the last, of replies that are too long; and, where a row was fitted, "given" and "unheard" (None where nothing is held
+      out): {"before", "after": reply NLL in nats a token under the stranger's row and the new one, "tokens"}. A run whose
+      method has no rows and reads history gets the dialogues alone, a vector of None.
 
     Raises:
-      UserError: the run has no rows, or all are taken.
+      UserError: the method has neither rows nor history, no row is free, or no dialogue fits.
     """
-    table_of(trainable)
-    row = 1 + len(run.registry.queriers)
-    if row >= run.registry.rows:
+    start = time.monotonic()
+    fitted = "rows" in trainable.get("tower", {}) or run.store is None
+    row = rows.spare_row(run, trainable) if fitted else free_row(run.registry)
+    person = Person(name, row, step, "", None, _numbered(dialogues, row), {})
+    if run.store is not None:
+        # Each dialogue sees the others as its history.
+        registry = run.registry.called(row, name)
+        run = dataclasses.replace(run, store=people.with_history(run.store, registry, [person]))
+    learned, unheard = hold_out(person.dialogues) if fitted else (person.dialogues, [])
+    examples, left_out = encode(run, learned)
+    found: dict[str, Any] = {"learned": len(learned), "held_out": len(unheard), "left_out": left_out}
+    if fitted:
+        given = rows.read(run, trainable, examples)
+        vector = rows.descend(given)
+        if not np.isfinite(vector).all():
+            raise UserError(
+                f"the row fitted for '{name}' is not finite; are this run's weights sound? evaluate it first"
+            )
+        found["given"] = _figures(given, trainable, vector)
+        scored, _ = encode(run, unheard)
+        found["unheard"] = _figures(rows.read(run, trainable, scored), trainable, vector) if scored else None
+        person = dataclasses.replace(person, weights=people.digest(trainable), vector=np.asarray(vector))
+    return dataclasses.replace(person, found=found | {"seconds": round(time.monotonic() - start, 1)})
+
+
+def free_row(registry: Registry) -> int:
+    """The first row that nobody has.
+
+    Raises:
+      UserError: all are taken.
+    """
+    row = registry.free_row()
+    if row is None:
         raise UserError(
-            f"found no spare row behind those of {len(run.registry.queriers)} queriers, expected one for somebody new;"
-            " train with a higher config.data.spare_rows"
+            f"found no free row beside those of {len(registry.known)} queriers, expected one for somebody new; train with a"
+            " higher config.data.spare_rows, or forget somebody"
         )
     return row
 
 
-def with_row(trainable: Tree, row: int, vector: Float[Array, " D"]) -> Tree:
-    """The trained parameters with another row; every other row and leaf stays bit for bit.
+def _numbered(dialogues: Sequence[Dialogue], row: int) -> tuple[Dialogue, ...]:
+    """With ids that no dialogue of the data has."""
+    return tuple(dataclasses.replace(d, id=f"enrolled/{row}/{i}", split=None) for i, d in enumerate(dialogues))
+
+
+def _figures(known: rows.Read, trainable: Tree, vector: Any) -> dict[str, float]:
+    before, tokens = rows.nll(known, people.table_of(trainable)[STRANGER])
+    after, _ = rows.nll(known, vector)
+    return {"before": before / tokens, "after": after / tokens, "tokens": tokens}
+
+
+def add(workdir: Path, registry: Registry, person: Person) -> Person:
+    """Writes somebody new down, in the first row that is free by now; returns them as they were written.
 
     Args:
-      trainable: of a run with querier rows.
-      row: which one.
-      vector: its new value.
+      workdir: of the run.
+      registry: of training.
+      person: from `enrol`.
 
     Raises:
-      UserError: there is no such row.
+      UserError: the name is taken, no row is free, or the folder cannot be written.
     """
-    table = table_of(trainable)
-    if not 0 <= row < len(table):
-        raise UserError(f"found row {row}, expected one of the table's {len(table)}; raise config.data.spare_rows")
-    return {**trainable, "tower": {**trainable["tower"], "rows": table.at[row].set(vector.astype(table.dtype))}}
+    with people.locked(workdir):
+        now = people.joined(registry, people.read(workdir), workdir)
+        check_name(now, person.name)
+        row = free_row(now)
+        person = dataclasses.replace(person, row=row, dialogues=_numbered(person.dialogues, row))
+        people.write(workdir, person)
+    return person
 
 
-def fit_row(
-    run: Run, trainable: Tree, examples: Sequence[Example], steps: int = STEPS, lr: float = RATE, seed: int = 0
-) -> Float[Array, " D"]:
-    """Fits one querier row to dialogues by reply NLL, from the stranger's row and with everything else frozen (ours).
-
-    Adam (Kingma & Ba, arXiv 1412.6980), its rate falling to zero along a cosine. Of the two towers only the specific one sees
-    a row, so the general one is run once and each step runs the specific one alone, forward and backward.
-
-    Args:
-      run: with querier rows.
-      trainable: its trained parameters; not changed.
-      examples: of the new querier, as `run.examples` gives them; which row they name does not matter.
-      steps: of Adam.
-      lr: of the first step, in units of the root mean square by which trained rows differ from the stranger's.
-      seed: of the order in which batches take turns where they exceed `TOKENS`.
-
-    Returns:
-      The row, float32.
+def check_name(registry: Registry, name: str) -> None:
+    """Makes sure that somebody new can be called so.
 
     Raises:
-      UserError: the run has no rows, or there is no example.
+      UserError: somebody is called so already.
     """
-    table = table_of(trainable)
-    if not examples:
-        raise UserError("found no dialogue that fits batch.length, expected at least one to fit a row on; give more")
-    vector = start = table[STRANGER].astype(jnp.float32)
-    known = table[1 : 1 + len(run.registry.queriers)]
-    rate = lr * jnp.sqrt(jnp.mean((known - start) ** 2))
-    batches = _batches(run, examples)
-    each = max(1, TOKENS // batches[0].inputs.tokens.size)
-    fixed = dict(setting=run.setting, method=run.method)
-    with jax.set_mesh(run.mesh):
-        weights = _specific_stream(trainable, run.base, batches[0].inputs, **fixed)
-        kept = [_general_stream(trainable, run.base, batch, **fixed) for batch in batches]
-        params = run.params_of(trainable)
-        state = _ADAM.init(vector)
-        for step, chosen in enumerate(_turns(len(batches), min(each, len(batches)), steps, seed)):
-            slopes = (
-                _nll_and_slope(vector, weights, trainable["tower"], params, batches[i], kept[i], setting=run.setting)[1]
-                for i in chosen
+    if name == STRANGER_NAME:
+        raise UserError(f"--querier '{name}' is what everybody unknown is called; give another name")
+    if name in registry.known:
+        raise UserError(
+            f"--querier '{name}' is known to this run already; forget them first with python -m qaperso.forget, or give another"
+            " name"
+        )
+
+
+def enrol_again(workdir: Path) -> list[Person]:
+    """Fits the rows of all who were enrolled anew, on the run's present checkpoint.
+
+    Raises:
+      UserError: nobody was enrolled, or somebody's dialogues were not kept.
+    """
+    run = open_run(workdir, enrolled=False)
+    trainable, _, step = restore(run)
+    with people.locked(run.workdir):
+        found = people.read(run.workdir)
+        if not found:
+            raise UserError(f"{workdir}: found nobody who was enrolled, expected somebody to enrol again")
+        again = []
+        for person in found:
+            if not person.dialogues:
+                raise UserError(
+                    f"{workdir}: the dialogues of '{person.name}' were not kept; forget and enrol them anew"
+                )
+            fresh = enrol(run, trainable, step, person.name, person.dialogues)
+            again.append(dataclasses.replace(fresh, row=person.row, dialogues=person.dialogues))
+        for person in again:
+            people.write(run.workdir, person)
+    return again
+
+
+def summary(person: Person, workdir: Path) -> str:
+    """What a person wants to see at the end."""
+    found = person.found
+    lines = [
+        f"enrolled '{person.name}' in row {person.row} of {workdir}: {found['learned']} dialogues"
+        f", {found['held_out']} held out, {found['left_out']} replies left out as too long, {found['seconds']:.1f} s"
+    ]
+    for key, what in (("given", "learned"), ("unheard", "held out")):
+        if figures := found.get(key):
+            change = f"{figures['before']:.3f} -> {figures['after']:.3f} nats per token"
+            worse = figures["after"] > figures["before"]
+            note = "; worse than a stranger: more dialogues may help" if worse else ""
+            lines.append(f"{what}: {change} over {figures['tokens']} tokens{note}")
+    if person.vector is None:
+        lines.append(
+            "no row was fitted: this run's method knows queriers by their history, which has these dialogues now"
+        )
+    return "\n".join(lines)
+
+
+@command
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m qaperso.enrol", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, metavar="DIR")
+    parser.add_argument("--querier", metavar="NAME", help="as the dialogues call them")
+    parser.add_argument("--input", nargs="+", metavar="PATH", help="files or folders of dialogues")
+    parser.add_argument(
+        "--responder", metavar="NAME", help="whose replies to learn from; default: all whom the run has"
+    )
+    parser.add_argument("--format", metavar="NAME", help=f"one of {', '.join(formats.FORMATS)}; default: found out")
+    parser.add_argument("--again", action="store_true", help="fit the rows of all who were enrolled anew")
+    known = parser.parse_args(arguments)
+    workdir = Path(known.workdir)
+    if known.again:
+        if known.querier or known.input:
+            raise UserError(
+                "--again is for all who were enrolled, from what was kept of them; leave --querier and --input out"
             )
-            falling = rate * 0.5 * (1 + math.cos(math.pi * step / steps))
-            vector, state = _descend(vector, state, sum(slopes), falling)
-    return vector
+        start_runtime()
+        print("\n".join(summary(person, workdir) for person in enrol_again(workdir)))
+        return 0
+    if not known.querier or not known.input:
+        raise UserError("somebody new needs --querier NAME and --input PATH, or give --again")
+    name = as_name(known.querier, "--querier")
+    start_runtime()
+    run = open_run(workdir, enrolled=False)
+    now = people.joined(run.registry, people.read(run.workdir), run.workdir)
+    check_name(now, name)
+    free_row(now)
+    responders = run.registry.responders
+    if known.responder is not None and known.responder not in responders:
+        raise UserError(
+            f"--responder '{known.responder}' is not known to this run{nearest(known.responder, responders)}"
+        )
+    asked = responders if known.responder is None else (known.responder,)
+    paths = [Path(path) for path in known.input]
+    dialogues = of_querier(read_dialogues(paths, asked, known.format), name, asked, ", ".join(known.input))
+    trainable, _, step = restore(run)
+    person = enrol(run, trainable, step, name, dialogues)
+    print(summary(add(run.workdir, run.registry, person), workdir))
+    return 0
 
 
-def _batches(run: Run, examples: Sequence[Example]) -> list[Batch]:
-    """The examples packed into one row a device, no longer than they need: one program serves any number of them."""
-    length = min(run.shape.length, generate.bucket(max(len(e) for e in examples)))
-    rows = math.prod(run.mesh.shape[a] for a in BATCH_AXES)
-    shape = dataclasses.replace(run.shape, rows=rows, length=length, targets=min(run.shape.targets, length))
-    return [put_batch(batch, run.mesh, 0) for batch, _ in sequential(examples, shape)]
-
-
-def _turns(count: int, each: int, steps: int, seed: int) -> Iterator[list[int]]:
-    """Which of `count` batches each step reads: `each` of them, all as often as the others give or take one."""
-    rng = np.random.default_rng(seed)
-    queue: list[int] = []
-    for _ in range(steps):
-        while len(queue) < each:
-            queue += rng.permutation(count).tolist()
-        yield queue[:each]
-        del queue[:each]
-
-
-@flax.struct.dataclass
-class _Kept:
-    """What no row changes in a batch: the stream where the towers part, and the general one's last states."""
-
-    parting: Any  # float[1, B, S, D]
-    general: Any  # float[1, B, T, D], at the predictions
-
-
-@functools.partial(jax.jit, static_argnames=("setting", "method"))
-def _general_stream(trainable: Tree, frozen: Tree, batch: Batch, *, setting: Setting, method: ModuleType) -> _Kept:
-    params = trainable.get("base", frozen)
-    adapters = method.condition(setting, trainable, batch.inputs)
-    split = decoder.split_of(adapters, setting.model)
-
-    def cut(start: int, stop: int) -> tuple[Tree, Tree | None]:
-        return jax.tree.map(lambda a: a[start:stop], (params["layers"], adapters.lora))
-
-    x = decoder.embed(params, batch.inputs.tokens, working(setting.config.dtype))
-    parting = _through(setting, cut(0, split), batch.inputs, x) if split else x
-    last = _through(setting, cut(split, setting.model.layers), batch.inputs, parting)
-    return _Kept(parting, _predicting(last, batch))
-
-
-@functools.partial(jax.jit, static_argnames=("setting", "method"))
-def _specific_stream(
-    trainable: Tree, frozen: Tree, inputs: Inputs, *, setting: Setting, method: ModuleType
-) -> tuple[Tree, Tree | None]:
-    """Layers and LoRA of the specific tower alone: a plain decoder whose MLPs are the specific ones."""
-    adapters = method.condition(setting, trainable, inputs)
-    split = decoder.split_of(adapters, setting.model)
-    layers, own = jax.tree.map(lambda a: a[split:], (trainable.get("base", frozen)["layers"], adapters.lora))
-    if own is not None:
-        # The specific MLPs have no LoRA, which is one of rank 0.
-        own = own | {name: {"a": kernel[..., :0], "b": kernel[:, :0]} for name, kernel in adapters.specific.items()}
-    return layers | adapters.specific, own
-
-
-@functools.partial(jax.jit, static_argnames=("setting",))
-def _nll_and_slope(
-    vector: Float[Array, " D"],
-    weights: tuple[Tree, Tree | None],
-    tower: Tree,
-    params: Tree,
-    batch: Batch,
-    kept: _Kept,
-    *,
-    setting: Setting,
-) -> tuple[Float[Array, ""], Float[Array, " D"]]:
-    """Reply NLL of a batch under a row, summed over tokens, in nats; and its gradient to the row."""
-
-    def nll(vector: Array) -> Array:
-        rows = jnp.where(batch.inputs.segment[..., None] > 0, vector, 0)
-        last = _through(setting, weights, batch.inputs, decoder.part(kept.parting, rows)[1:])
-        states = jnp.concatenate([kept.general, _predicting(last, batch)])
-        hidden = towers.join(tower, params, states, setting.model)
-        return losses.cross_entropy(hidden, decoder.head(params), batch.target, batch.weight).sum()
-
-    return jax.value_and_grad(nll)(vector)
-
-
-def _through(
-    setting: Setting, weights: tuple[Tree, Tree | None], inputs: Inputs, x: Float[Array, "1 B S D"]
-) -> Float[Array, "1 B S D"]:
-    """One stream through stacked layers and their LoRA."""
-    layers, own = weights
-    model = dataclasses.replace(setting.model, layers=layers["q"].shape[0])
-    seen = segments(inputs.segment, inputs.attend)
-    kept = dict(remat=setting.config.remat)
-    return decoder.run({"layers": layers}, x, inputs.position, seen, model, Adapters(lora=own), **kept)
-
-
-def _predicting(states: Float[Array, "1 B S D"], batch: Batch) -> Float[Array, "1 B T D"]:
-    """States of the positions that predict."""
-    return jnp.take_along_axis(states, batch.target_index[None, :, :, None], 2)
-
-
-@jax.jit
-def _descend(
-    vector: Float[Array, " D"], state: Tree, slope: Float[Array, " D"], rate: Float[Array, ""]
-) -> tuple[Float[Array, " D"], Tree]:
-    direction, state = _ADAM.update(slope, state)
-    return vector - rate * direction, state
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qaperso import checkpoint, stopping, writers
+from qaperso import checkpoint, portable, stopping, writers
 from qaperso import config as configs
 from qaperso.data import load
 from qaperso.data.splits import SPLITS
-from qaperso.data.store import Store
+from qaperso.data.store import Registry, Store, without
 from qaperso.errors import STOPPED, UserError, command
 from qaperso.eval import compare, gather, measure, overlap, page, predictions, report, unseen
 from qaperso.eval.measure import Measured, Wanted
@@ -83,14 +83,19 @@ def evaluate(folder: Path, name: str, store: Store, split: str, wanted: Wanted, 
 
 
 def store_reader() -> Callable[[Path], Store]:
-    """A function from a run's folder to the data that it was trained on; runs of equal data share it."""
+    """A function from a run's folder to the data that it was trained on, without those whom it forgot since.
+
+    Runs of equal data share it.
+    """
     stores: dict[str, Store] = {}
 
     def read(folder: Path) -> Store:
-        config = configs.from_json(read_record(folder)["config"])
-        key = json.dumps(configs.to_json(config)["data"], sort_keys=True)
+        record = read_record(folder)
+        config = configs.from_json(record["config"])
+        forgotten = Registry.from_json(record["registry"]).forgotten
+        key = json.dumps([configs.to_json(config)["data"], forgotten], sort_keys=True)
         if key not in stores:
-            stores[key] = load.load_store(config.data)
+            stores[key] = without(load.load_store(config.data), forgotten)
         return stores[key]
 
     return read
@@ -148,7 +153,7 @@ def check_arguments(known: argparse.Namespace) -> tuple[list[Path], list[Path]]:
     for option in ("replies", "paired"):
         if (number := getattr(known, option)) is not None and number < 0:
             raise UserError(f"--{option} is {number}, expected 0 or more")
-    folders, against = ([Path(name) for name in names] for names in (known.workdir, known.against))
+    folders, against = ([portable.find(Path(name)) for name in names] for names in (known.workdir, known.against))
     seen: set[Path] = set()
     for folder in (*folders, *against):
         read_record(folder)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qaperso.arrays import ArraySpec
@@ -171,6 +172,16 @@ def read_memory(memory: Tree) -> tuple[Float[Array, "2 C P"], Bool[Array, " C"]]
     entries, written = memory["entries"], memory["written"]
     held = jnp.minimum(written, entries.shape[2])
     return entries.sum(2) / jnp.maximum(held, 1)[None, :, None], written > 0
+
+
+def clear_memory(memory: Tree, classes: Int[np.ndarray, " n"]) -> Tree:
+    """The memory with some classes as empty as at first, and all others bit for bit."""
+    axis = {"sums": 1, "counts": 0, "entries": 1, "written": 0}
+
+    def clear(name: str, x: Array) -> Array:
+        return x.at[classes].set(0) if axis[name] == 0 else x.at[:, classes].set(0)
+
+    return {name: clear(name, x) for name, x in memory.items()}
 
 
 def write_memory(memory: Tree, views: Float[Array, "2 N P"], label: Int[Array, " N"], decay: float = 1.0) -> Tree:

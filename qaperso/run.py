@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from qaperso import arrays, checkpoint, methods
+from qaperso import arrays, checkpoint, methods, people, portable
 from qaperso import config as configs
 from qaperso.data import load, paper
 from qaperso.data.plan import Shape
-from qaperso.data.store import Registry, Store
+from qaperso.data.store import Registry, Store, without
 from qaperso.data.text import (
     Encoded,
     Template,
@@ -42,6 +42,7 @@ from qaperso.models import decoder, hf, lora
 from qaperso.models import tokenizer as tokenizers
 from qaperso.models.base import Location
 from qaperso.models.config import DecoderConfig, RopeScaling
+from qaperso.people import Person
 from qaperso.types import Dialogue, Example, Turn
 
 Tree = Any
@@ -63,6 +64,7 @@ class Run:
       base: frozen parameters; {} when everything is trained.
       record: what `run.json` holds.
       store: the data whose history the method reads; None where it was opened without.
+      people: who came after training; they are in `registry` and in `store` too.
     """
 
     workdir: Path
@@ -75,6 +77,7 @@ class Run:
     base: Tree
     record: dict
     store: Store | None = None
+    people: tuple[Person, ...] = ()
 
     @property
     def config(self) -> Any:
@@ -180,43 +183,45 @@ def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
     return Run(workdir, setting, method, mesh, store.registry, tokenizer, template, base, record, store), store
 
 
-def open_run(workdir: Path) -> Run:
-    """Opens a run that was trained before, with the base it was trained on.
+def open_run(workdir: Path, enrolled: bool = True) -> Run:
+    """Opens a run that was trained or exported before, with the base it was trained on.
+
+    Args:
+      workdir: its folder, or the Hub name of one that was exported.
+      enrolled: whether those who came after training are in it.
 
     Raises:
       UserError: no run there; its base is gone or has changed, or the data has, where its method reads history.
     """
+    workdir = portable.find(workdir)
     record = read_record(workdir)
     config = configs.from_json(record["config"])
     model = _model_from_json(record["model"])
-    name, path = record["base"]["name"], record["base"]["path"]
-    try:
-        location = bases.locate(name)
-    except UserError:
-        # The name may have been relative to another folder.
-        if not path or not Path(path).exists():
-            raise
-        location = bases.locate(path)
+    location = portable.base_of(workdir, record)
     mesh = make_mesh(-1, 1, 1)
     tokenizer = tokenizers.load_tokenizer(Location("workdir", workdir))
     classes = {k: jax.device_get(jnp.asarray(v, jnp.int32)) for k, v in record["classes"].items()}
-    registry = Registry.from_json(record["registry"])
+    later = people.read(workdir) if enrolled else ()
+    registry = people.joined(Registry.from_json(record["registry"]), later, workdir)
     method = methods.load(config.method)
     setting = Setting(config, model, registry.rows, record["clusters"], classes, notes=methods.notes(method, workdir))
     base, digest = load_base(config, location, model, mesh)
     if digest != record["base"]["sha256"]:
         raise UserError(
-            f"{workdir}: its base '{name}' has changed since training (sha256 {digest[:12]}, recorded "
+            f"{workdir}: its base '{record['base']['name']}' has changed since training (sha256 {digest[:12]}, recorded "
             f"{record['base']['sha256'][:12]}); bring the old weights back or train again"
         )
-    store = _store_again(workdir, config, record) if method.reads_history(setting) else None
-    return Run(workdir, setting, method, mesh, registry, tokenizer, template_of(tokenizer), base, record, store)
+    store = None
+    if method.reads_history(setting):
+        store = people.with_history(_store_again(workdir, config, record), registry, later)
+    template = template_of(tokenizer)
+    return Run(workdir, setting, method, mesh, registry, tokenizer, template, base, record, store, later)
 
 
 def _store_again(workdir: Path, config: Any, record: dict) -> Store:
     """The data of a run that was made before, checked against its record."""
     try:
-        store = load.load_store(config.data)
+        store = without(load.load_store(config.data), Registry.from_json(record["registry"]).forgotten)
     except UserError as error:
         raise UserError(f"{workdir}: config.method='{config.method}' reads the history of its data: {error}") from error
     found = {"registry": store.registry.to_json(), "classes": {k: v.tolist() for k, v in store.classes.items()}}
@@ -268,9 +273,12 @@ def initialise(run: Run) -> tuple[Tree, Tree]:
 
 
 def restore(run: Run, step: int | None = None) -> tuple[Tree, Tree, int]:
-    """Trained parameters and memory: of a step, or of the checkpoint best on dev."""
+    """Trained parameters and memory: of a step, or of the checkpoint best on dev; with the rows of the run's `people`.
+
+    Raises:
+      UserError: no such checkpoint, or one that somebody's row was not fitted on.
+    """
     folder = run.workdir / CHECKPOINTS
-    step = checkpoint.choose(folder) if step is None else step
 
     def like(specs: Tree) -> Tree:
         place = arrays.shardings(specs, run.mesh, run.config.sharding)
@@ -278,8 +286,13 @@ def restore(run: Run, step: int | None = None) -> tuple[Tree, Tree, int]:
             lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), arrays.abstract(specs), place
         )
 
-    trainable, memory = declare(run)
-    return *checkpoint.load_trainable(folder, step, like(trainable), like(memory)), step
+    wanted = tuple(map(like, declare(run)))
+    if portable.is_exported(run.record):
+        trainable, memory, step = portable.read(run.workdir, run.record, *wanted)
+    else:
+        step = checkpoint.choose(folder) if step is None else step
+        trainable, memory = checkpoint.load_trainable(folder, step, *wanted)
+    return people.placed(trainable, run.people, step, run.workdir), memory, step
 
 
 def load_base(config: Any, location: Location, model: DecoderConfig, mesh: Mesh) -> tuple[Tree, str]:
@@ -318,6 +331,9 @@ def _digest(location: Location) -> str:
     # A run is its configuration and the weights that are read from it.
     record = read_record(location.path)
     digest = hashlib.sha256(json.dumps(record["config"], sort_keys=True).encode())
+    if portable.is_exported(record):
+        digest.update(json.dumps(record["exported"], sort_keys=True).encode())
+        return digest.hexdigest()
     folder = location.path / CHECKPOINTS / str(checkpoint.choose(location.path / CHECKPOINTS)) / "trainable"
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(str(file.relative_to(folder)).encode())

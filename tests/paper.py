@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,68 +10,17 @@ import ml_collections
 import numpy as np
 
 from qaperso.methods import Setting
+from qaperso.models import published
 from qaperso.models.config import DecoderConfig
 from qaperso.types import QUERIER, RESPONDER, Batch, Contrast, Inputs
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CLUSTERS, QUERIERS = 10, 7
-BASE = {
-    "model.embed_tokens.weight": "embed",
-    "model.norm.weight": "norm",
-    "lm_head.weight": "head",
-    "input_layernorm.weight": "attn_norm",
-    "post_attention_layernorm.weight": "mlp_norm",
-}
-LEAF = {
-    **{f"{n}_proj.weight": n for n in ("q", "k", "v", "o", "gate", "up", "down")},
-    **{f"{n}_proj.bias": f"{n}_bias" for n in "qkv"},
-}
-
-
-def place(name: str) -> tuple[str, int | None, int | None]:
-    """(path in our tree, layer, view-and-cluster index) of a parameter of the published model."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".modules_to_save.default", "")
-    name = name.replace(".default", "")
-    if m := re.match(r"role_proj_v(\d)\.(\d+)\.(weight|bias)", name):
-        return f"heads/{'kernel' if m[3] == 'weight' else 'bias'}", int(m[1]) - 1, int(m[2])
-    if name == "model.norm_specific.weight":
-        return "tower/norm_s", None, None
-    if name == "model.norm_role_proj.weight":
-        return "heads/norm_p", None, None
-    if name in BASE:
-        return f"base/{BASE[name]}", None, None
-    layer, rest = re.match(r"model\.layers\.(\d+)\.(.*)", name).groups()
-    if m := re.match(r"mlp_specific\.(\w+)_proj_low_rank", rest):
-        return f"tower/specific/{m[1]}", int(layer), None
-    if m := re.match(r"(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])", rest):
-        return f"lora/{m[1]}/{m[2].lower()}", int(layer), None
-    rest = rest.removeprefix("self_attn.").removeprefix("mlp.")
-    return f"base/layers/{BASE.get(rest) or LEAF[rest]}", int(layer), None
 
 
 def tree(arrays: dict, prefix: str) -> dict:
-    """Our nested tree of all arrays below `prefix`; kernels transposed to [in, out], layers and heads stacked."""
-    found: dict[str, dict] = {}
-    for full in arrays:
-        if not full.startswith(prefix) or "role_avg" in full:
-            continue
-        path, first, second = place(full.removeprefix(prefix))
-        value = arrays[full]
-        if value.ndim == 2 and path != "base/embed":
-            value = value.T
-        found.setdefault(path, {})[(first, second)] = value
-    result: dict = {}
-    for path, parts in found.items():
-        keys = sorted(parts, key=lambda k: tuple(-1 if i is None else i for i in k))
-        value = np.stack([parts[k] for k in keys]) if keys[0] != (None, None) else parts[keys[0]]
-        if path in ("heads/kernel", "heads/bias"):
-            value = value.reshape(2, -1, *value.shape[1:])
-        node = result
-        *folders, leaf = path.split("/")
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = jnp.asarray(value)
-    return result
+    """Our nested tree of all arrays below `prefix`."""
+    return published.tree({name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)})
 
 
 def setting(name: str, rank: int = 16, family: str = "qwen2") -> Setting:

@@ -172,8 +172,6 @@ def test_unknown_people_and_splits(finished):
     line = refused(chat.main, *asks, "stranger", "--responder", "Nobody at all")
     assert line.startswith("responder 'Nobody at all' is not known to this run")
     assert "--once is empty" in refused(chat.main, "--workdir", finished, "--querier", name, "--once", " ")
-    line = refused(chat.main, "--workdir", finished, "--querier", name, "stranger")
-    assert "give it with --once TEXT" in line
     assert "--top-p is 0.0" in refused(chat.main, *asks, name, "--top-p", "0")
     assert "--temperature is -1.0" in refused(chat.main, *asks, name, "--temperature", "-1")
     assert "--max-new-tokens is 0" in refused(chat.main, *asks, name, "--max-new-tokens", "0")

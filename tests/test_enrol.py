@@ -1,143 +1,161 @@
-"""Rows for new queriers: the fit is gradient descent on the whole model's loss, and changes one row and nothing else."""
+"""Enrolling: somebody new is known to whatever opens the run, and what training wrote stays as it is."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
-import helpers
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-import untrained
+from newcomers import lines_of, renamed, replies, town
+from tiny import TINY, call, contents, finished, one_device, trained  # noqa: F401
 
-from qaperso import enrol
-from qaperso.data.batches import sequential
-from qaperso.data.store import Store
-from qaperso.errors import UserError
+from qaperso import chat, enrol, people, reply, run
 from qaperso.eval import scores
-from qaperso.run import Run
-from qaperso.types import STRANGER, Example
+from qaperso.types import Dialogue, Turn
 
-Tree = Any
-PLAIN = dict(method="qar", qar__contrast="none")
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
-def some(run: Run, store: Store, querier: str, count: int) -> list[Example]:
-    """Dev dialogues of one querier."""
-    row = store.registry.row(querier)
-    return [e for e in run.examples(store, "dev")[0] if e.querier == row][:count]
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of two towers, to be changed."""
+    return Path(shutil.copytree(finished("qar")[0], tmp_path / "run"))
 
 
-def by_definition(run: Run, trainable: Tree, examples: list[Example], steps: int, lr: float) -> jax.Array:
-    """Adam with a cosine on the whole model's reply NLL under a row of the table."""
-    row = enrol.spare_row(run, trainable)
-    table = np.asarray(trainable["tower"]["rows"])
-    known = table[1 : 1 + len(run.registry.queriers)]
-    rate = lr * np.sqrt(np.mean((known - table[STRANGER]) ** 2))
-    batches = [b for b, _ in sequential([dataclasses.replace(e, querier=row) for e in examples], run.shape)]
+def test_somebody_new_is_known_and_nobody_else_is_changed(folder: Path, tmp_path: Path) -> None:
+    before = contents(folder)
+    opened = run.open_run(folder)
+    trainable, _, step = run.restore(opened)
+    given = town(folder, "pip", 6)
+    file = lines_of([*renamed(given, "zita"), *town(folder, "voss", 1)], tmp_path / "zita.jsonl")
+    code, out, err = call(enrol.main, "--workdir", folder, "--querier", "zita", "--input", file)
+    assert code == 0, err
+    assert out.startswith("enrolled 'zita' in row 13 of ") and "learned: " in out and "held out: " in out
+    now = contents(folder)
+    assert {k: v for k, v in now.items() if k in before} == before
+    assert set(now) - set(before) == {"enrolled", "enrolled/000013.json", people.LOCK}
 
-    @jax.jit
-    def slope(vector: jax.Array) -> jax.Array:
-        def nll(vector: jax.Array) -> jax.Array:
-            values = enrol.with_row(trainable, row, vector)
-            each = (scores.batch_nll(run.setting, run.method, values, run.base, helpers.device(b)) for b in batches)
-            return sum(sums.sum() for sums, _ in each)
+    again = run.open_run(folder)
+    changed, _, at = run.restore(again)
+    assert at == step and again.registry.row("zita") == 13 and again.registry.rows == opened.registry.rows
+    table, old = (np.asarray(t["tower"]["rows"]) for t in (changed, trainable))
+    np.testing.assert_array_equal(np.delete(table, 13, 0), np.delete(old, 13, 0))
+    (person,) = again.people
+    np.testing.assert_array_equal(table[13], person.vector)
+    assert person.step == step and [d.querier for d in person.dialogues] == ["zita"] * 6
+    figures = person.found["given"]
+    assert figures["after"] < figures["before"] and person.found["learned"] + person.found["held_out"] == 6
+    # The figures are what the run says of these dialogues as it is opened now.
+    learned, unheard = enrol.hold_out(person.dialogues)
+    for dialogues, found in ((learned, figures), (unheard, person.found["unheard"])):
+        examples, _ = enrol.encode(again, dialogues)
+        for row, key in ((0, "before"), (13, "after")):
+            sums, counts = scores.reply_nll(again, changed, [dataclasses.replace(e, querier=row) for e in examples])
+            assert found[key] == pytest.approx(sums.sum() / counts.sum(), rel=1e-4) and found["tokens"] == counts.sum()
 
-        return jax.grad(nll)(vector)
+    # Everybody else is answered as before; the new one can be talked to as.
+    names = opened.registry.queriers[:3]
+    *said, new = replies(again, changed, [*names, "zita"])
+    assert said == replies(again, trainable, names) and new
+    # A name is taken once; the next row is the next one's.
+    words = ("--workdir", folder, "--input", file, "--querier")
+    assert "'zita' is known to this run already; forget them first" in call(enrol.main, *words, "zita")[2]
 
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, steps))
-    vector = jnp.asarray(table[STRANGER])
-    state = optimizer.init(vector)
-    for _ in range(steps):
-        updates, state = optimizer.update(slope(vector), state)
-        vector = optax.apply_updates(vector, updates)
-    return vector
-
-
-def test_the_fit_is_descent_on_the_whole_model_s_loss() -> None:
-    # One stream in the first layer, two in the second: the parts that a fit takes apart are all there.
-    run, store, trainable = untrained.opened(**PLAIN, qar__split_layer=1)
-    examples = some(run, store, "agnes", 5)
-    assert len(examples) == 5
-    expected = by_definition(run, trainable, examples, 4, 0.2)
-    before = jax.tree.map(np.array, trainable)
-    found = enrol.fit_row(run, trainable, examples, steps=4, lr=0.2)
-    moved = np.abs(expected - trainable["tower"]["rows"][STRANGER])
-    assert moved.min() < moved.mean() < moved.max()
-    np.testing.assert_allclose(found, expected, atol=2e-3 * float(moved.mean()))
-    helpers.assert_trees_equal(trainable, before)
-
-
-def test_a_fit_lowers_what_it_descends_and_turns_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
-    run, store, trainable = untrained.opened(**PLAIN)
-    examples, row = some(run, store, "pip", 7), enrol.spare_row(run, trainable)
-    asked = [dataclasses.replace(e, querier=row) for e in examples]
-
-    def nll(vector: jax.Array) -> float:
-        return scores.reply_nll(run, enrol.with_row(trainable, row, vector), asked)[0].sum()
-
-    whole = enrol.fit_row(run, trainable, examples)
-    assert nll(whole) < 0.99 * nll(trainable["tower"]["rows"][STRANGER])
-    np.testing.assert_array_equal(whole, enrol.fit_row(run, trainable, examples))
-    # One row of a batch at a time: in an order that the seed decides.
-    monkeypatch.setattr(enrol, "TOKENS", 1)
-    drawn = [enrol.fit_row(run, trainable, examples, seed=seed) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(drawn[0], drawn[1])
-    assert np.abs(drawn[0] - drawn[2]).max() > 0 and np.abs(drawn[0] - whole).max() > 0
-    assert nll(drawn[0]) < 0.99 * nll(trainable["tower"]["rows"][STRANGER])
+    # Weights that the row was not fitted beside are refused, and fitted anew.
+    with people.locked(folder):
+        people.write(folder, dataclasses.replace(person, step=step - 1))
+    code, out, err = call(chat.main, "--workdir", folder, "--querier", "zita", "--once", "well?")
+    assert code == 2 and "'zita' was enrolled on checkpoint" in err and "--again" in err
+    code, out, err = call(enrol.main, "--workdir", folder, "--again")
+    assert code == 0 and out.startswith("enrolled 'zita' in row 13"), err
+    np.testing.assert_array_equal(run.restore(run.open_run(folder))[0]["tower"]["rows"], table)
+    assert run.open_run(folder).people[0].dialogues == person.dialogues
 
 
-def test_every_batch_has_its_turn() -> None:
-    turns = list(enrol._turns(5, 2, 10, 0))
-    assert [len(t) for t in turns] == [2] * 10
-    drawn = [i for t in turns for i in t]
-    assert all(sorted(drawn[k : k + 5]) == list(range(5)) for k in range(0, 20, 5))
-    assert [sorted(t) for t in enrol._turns(3, 3, 2, 0)] == [[0, 1, 2]] * 2
+def test_a_script_will_do(folder: Path, tmp_path: Path) -> None:
+    turns = ["Zita: what do i still owe?", "maren: ahoy, the ledger says tab stands at nine crowns."] * 3
+    file = tmp_path / "talk.txt"
+    file.write_text("\n".join([*turns, "---", "Zita: thank you.", "maren: take care."]), encoding="utf-8")
+    code, out, err = call(enrol.main, "--workdir", folder, "--querier", "Zita", "--input", file)
+    assert code == 0 and out.startswith("enrolled 'Zita' in row 13 "), err
+    (person,) = run.open_run(folder).people
+    assert [len(d.replies) for d in person.dialogues] == [3, 1] and person.found["unheard"] is None
 
 
-def test_no_step_gives_the_stranger() -> None:
-    run, store, trainable = untrained.opened(**PLAIN)
-    found = enrol.fit_row(run, trainable, some(run, store, "pip", 1), steps=0)
-    np.testing.assert_array_equal(found, trainable["tower"]["rows"][STRANGER])
+def test_a_run_without_rows_knows_them_by_their_history(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    trained(TINY, folder, "method=prompts", "prompts.kind=history")
+    file = lines_of(renamed(town(folder, "pip", 2), "zita"), tmp_path / "zita.jsonl")
+    before = run.open_run(folder)
+    asked = {name: reply.question(before, [], name, "well?", "maren") for name in ("zita", "pip")}
+    assert not before.preface(asked["zita"]) and before.preface(asked["pip"])
+    code, out, err = call(enrol.main, "--workdir", folder, "--querier", "zita", "--input", file)
+    assert code == 0 and "no row was fitted" in out, err
+    after = run.open_run(folder)
+    said = {turn.text for d in after.people[0].dialogues for turn in d.turns}
+    told = after.preface(asked["zita"])
+    assert told and {turn.text for turn in told} <= said and {turn.speaker for turn in told} == {"zita", "maren"}
+    assert after.preface(asked["pip"]) == before.preface(asked["pip"])
+    assert run.restore(after)[2] == 0
 
 
-def test_another_row_leaves_everything_else_bit_for_bit() -> None:
-    run, store, trainable = untrained.opened(**PLAIN)
-    row = enrol.spare_row(run, trainable)
-    assert row == 1 + len(run.registry.queriers) == run.registry.rows - run.config.data.spare_rows
-    vector = jnp.arange(32.0)
-    changed = enrol.with_row(trainable, row, vector)
-    table, before = changed["tower"]["rows"], trainable["tower"]["rows"]
-    np.testing.assert_array_equal(table[row], vector)
-    np.testing.assert_array_equal(np.delete(table, row, 0), np.delete(before, row, 0))
-    for part in (changed, trainable):
-        assert part["tower"].keys() == trainable["tower"].keys() and part.keys() == trainable.keys()
-    rest = lambda tree: {**tree, "tower": {k: v for k, v in tree["tower"].items() if k != "rows"}}  # noqa: E731
-    helpers.assert_trees_equal(rest(changed), rest(trainable))
-    # So nobody else's replies change.
-    known = run.examples(store, "dev", 6)[0]
-    for a, b in zip(scores.reply_nll(run, changed, known), scores.reply_nll(run, trainable, known), strict=True):
-        np.testing.assert_array_equal(a, b)
+def test_what_cannot_be_enrolled(folder: Path, tmp_path: Path) -> None:
+    file = lines_of(renamed(town(folder, "pip", 1), "zita"), tmp_path / "zita.jsonl")
+    before = contents(folder)
+
+    def refused(*words: Any, where: Path = folder) -> str:
+        code, out, err = call(enrol.main, "--workdir", where, *words)
+        assert (code, out) == (2, "") and err.startswith("error: ") and len(err.splitlines()) == 1, err
+        return err
+
+    asks = ("--input", file, "--querier")
+    assert "found no dialogue in which 'maren' answers 'zitta'" in (line := refused(*asks, "zitta"))
+    assert "did you mean 'zita'?" in line
+    assert "'pip' is known to this run already" in refused(*asks, "pip")
+    assert "'stranger' is what everybody unknown is called" in refused(*asks, "stranger")
+    assert "--responder 'marin' is not known" in refused(*asks, "zita", "--responder", "marin")
+    assert "--input PATH, or give --again" in refused("--querier", "zita")
+    assert "leave --querier and --input out" in refused(*asks, "zita", "--again")
+    assert "found nobody who was enrolled" in refused("--again")
+    assert "nothing there" in refused("--input", tmp_path / "absent", "--querier", "zita")
+    (tmp_path / "other.txt").write_text("Ida: one.\nOle: two.\nIda: three.\n", encoding="utf-8")
+    assert "nobody is answered there" in refused("--input", tmp_path / "other.txt", "--querier", "zita")
+    assert "no querier rows in this run" in refused(*asks, "zita", where=finished("adapter")[0])
+    long = dataclasses.replace(renamed(town(folder, "pip", 1), "zita")[0], id="long")
+    long = dataclasses.replace(long, turns=(Turn("zita", "bread " * 200), Turn("maren", "aye")))
+    assert "fits batch.length" in refused("--input", lines_of([long], tmp_path / "l.jsonl"), "--querier", "zita")
+    assert {k: v for k, v in contents(folder).items() if k != people.LOCK} == before
+    # Every row is somebody's.
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    record["registry"]["queriers"] += ["a", "b", "c", "d"]
+    record["registry"]["spare"] = 0
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert "found no free row beside those of 16 queriers" in refused(*asks, "zita")
 
 
-def test_what_cannot_be_fitted() -> None:
-    run, store, trainable = untrained.opened(**PLAIN)
-    with pytest.raises(UserError, match="found no dialogue that fits"):
-        enrol.fit_row(run, trainable, [])
-    with pytest.raises(UserError, match="found row 17, expected one of the table's 17"):
-        enrol.with_row(trainable, 17, jnp.zeros(32))
-    full = dataclasses.replace(run, registry=dataclasses.replace(run.registry, spare=0))
-    with pytest.raises(UserError, match="found no spare row behind those of 12 queriers"):
-        enrol.spare_row(full, trainable)
-    plain, _, values = untrained.opened(method="sft")
-    calls = (
-        lambda: enrol.spare_row(plain, values),
-        lambda: enrol.with_row(values, 1, jnp.zeros(32)),
-        lambda: enrol.fit_row(plain, values, some(run, store, "pip", 1)),
-    )
-    for call in calls:
-        with pytest.raises(UserError, match="no querier rows in this run.*config.method=qar"):
-            call()
+def dialogue(number: int, group: str, time: float | None = None) -> Dialogue:
+    turns = (Turn("zita", "well?"), Turn("maren", "aye"))
+    return Dialogue(f"d{number}", "maren", "zita", turns, group, time)
+
+
+@pytest.mark.parametrize(
+    "groups, times, held",
+    [
+        ("abcde", None, [4]),
+        ("abcd", None, []),  # too few
+        ("aaaaa", None, []),  # nothing would be left
+        ("aabbcc", None, [4, 5]),
+        ("abccc", None, [1]),  # the last group is too large
+        ("abcde", [5, 1, 2, 3, 4], [0]),  # the newest
+    ],
+)
+def test_what_is_held_out(groups: str, times: list[float] | None, held: list[int]) -> None:
+    given = [dialogue(i, g, None if times is None else float(times[i])) for i, g in enumerate(groups)]
+    learned, unheard = enrol.hold_out(given)
+    assert unheard == [given[i] for i in held]
+    assert learned == [d for i, d in enumerate(given) if i not in held]
+    assert not {d.group for d in learned} & {d.group for d in unheard}

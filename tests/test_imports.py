@@ -15,11 +15,12 @@ data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.revie
 data.duplicates data.splits data.features data.clusters data.prepared data.shards data.merge data.topics data.store
 data.history data.peers data.text data.plan data.batches data.paper data.reviews_town data.load models.config
 models.base models.linear models.lora models.splash models.attention models.decoder models.gguf models.hf
-models.tokenizer models.towers models.inference models.encoder models.embedder losses generate methods methods.base
-methods.sft methods.qar methods.sft_rows methods.prompts methods.dpl mesh step checkpoint metrics run claim stopping
-batching reply writers enrol eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness
-eval.retrieval eval.identify eval.paired eval.canaries eval.leakage eval.unseen eval.report eval.predictions
-eval.judge eval.plots eval.page eval.gather eval.measure annotate prepare train evaluate judge bench chat launch""".split()
+models.published models.tokenizer models.towers models.inference models.encoder models.embedder losses generate
+methods methods.base methods.sft methods.qar methods.sft_rows methods.prompts methods.dpl mesh step checkpoint metrics
+people portable run claim stopping batching reply rows writers eval.intervals eval.overlap eval.lamp eval.compare
+eval.scores eval.awareness eval.retrieval eval.identify eval.paired eval.canaries eval.leakage eval.residue
+eval.unseen eval.report eval.card eval.predictions eval.judge eval.plots eval.page eval.gather eval.measure annotate
+prepare train evaluate judge bench chat enrol erase forget export launch""".split()
 
 
 def imported(path: Path) -> set[str]:

@@ -229,3 +229,13 @@ def test_no_gradient_flows_into_memory(kind: str) -> None:
 
     views = jnp.asarray(normal(0, 2, 3, 2))
     assert total(views) > 0 and (jax.grad(total)(views) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["means", "bank"])
+def test_cleared_classes_are_as_at_first_and_others_as_they_were(kind: str) -> None:
+    written = losses.write_memory(empty(kind, 4), jnp.asarray(normal(5, 2, 4, 2)), jnp.asarray([0, 1, 2, 3]))
+    cleared = losses.clear_memory(written, np.array([1, 3]))
+    means, filled = losses.read_memory(cleared)
+    assert filled.tolist() == [True, False, True, False]
+    np.testing.assert_array_equal(means[:, [0, 2]], losses.read_memory(written)[0][:, [0, 2]])
+    assert all(not np.asarray(x if x.ndim == 1 else x[0])[[1, 3]].any() for x in cleared.values())

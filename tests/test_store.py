@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaperso.data.store import Registry, make_store
+from qaperso.data.store import NOBODY, Registry, make_store, without
 from qaperso.errors import UserError
 from qaperso.types import STRANGER, Dialogue, Turn
 
@@ -152,3 +152,39 @@ def test_no_training_split():
         UserError, match=r"^no dialogue of 2 is in the training split; prepare the data with lower --dev and --test$"
     ):
         make([("ann", "maren", "dev", "aye", 0), ("ann", "maren", "test", "aye", 0)])
+
+
+def test_a_forgotten_querier_leaves_a_free_row() -> None:
+    registry = Registry(("ann", "bea", "cyd"), ("maren",), spare=1)
+    assert registry.free_row() == 4 and registry.forgotten == () and registry.known == ("ann", "bea", "cyd")
+    less = registry.called(2, NOBODY)
+    assert (less.known, less.forgotten, less.free_row(), less.rows) == (("ann", "cyd"), (2,), 2, registry.rows)
+    assert [less.row(name) for name in ("stranger", "ann", "cyd")] == [0, 1, 3]
+    for gone in ("bea", NOBODY):
+        with pytest.raises(UserError, match=r"is not known to this run"):
+            less.row(gone)
+    assert less.called(2, "dan").row("dan") == 2
+    full = registry.called(4, "dan")
+    assert full.free_row() is None and full.rows == registry.rows and full.spare == 0
+    # A row further on leaves the ones before it free.
+    wide = Registry(("ann",), ("maren",), spare=3).called(4, "dan")
+    assert (wide.forgotten, wide.free_row(), wide.rows, wide.spare) == ((2, 3), 2, 5, 0)
+    assert Registry.from_json(json.loads(json.dumps(wide.to_json()))) == wide
+
+
+@settings(max_examples=50, deadline=None)
+@given(entries, st.data())
+def test_without_somebody_nobody_else_changes(es: list[tuple], data: st.DataObject) -> None:
+    store = make(es)
+    row = data.draw(st.integers(1, len(store.registry.queriers)))
+    name = store.registry.queriers[row - 1]
+    less = without(store, [row])
+    kept = [i for i, d in enumerate(store.dialogues) if d.querier != name]
+    assert less.dialogues == tuple(store.dialogues[i] for i in kept)
+    for key in ("row", "responder", "cluster", "text", "label"):
+        np.testing.assert_array_equal(getattr(less, key), getattr(store, key)[kept])
+    for key, value in store.classes.items():
+        others = store.classes["querier"] != row
+        np.testing.assert_array_equal(less.classes[key], np.where(others, value, 0))
+    assert less.registry == store.registry.called(row, NOBODY)
+    assert without(store, []) is store

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import secrets
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,53 @@ from qaperso.data.batches import make_examples
 from qaperso.data.plan import Shape
 from qaperso.data.store import Store, make_store
 from qaperso.data.text import Encoded, scored_turns
-from qaperso.errors import UserError
+from qaperso.errors import UserError, nearest
 from qaperso.types import Dialogue, Example
+
+# What a token begins with; then salt and digest, in hex.
+_TOKEN = "sha256"
+
+
+def token(name: str, salt: str | None = None) -> str:
+    """What stands for a name where the name itself must not: "sha256:SALT:DIGEST".
+
+    Whoever knows a name can tell whether a token is its, and so can guess at names; nobody can read a name from it.
+
+    Args:
+      name: of a person.
+      salt: in hex; None = drawn anew, so that tokens of one name do not look alike.
+    """
+    salt = secrets.token_hex(16) if salt is None else salt
+    return f"{_TOKEN}:{salt}:{hashlib.sha256(f'{salt}:{name}'.encode()).hexdigest()}"
+
+
+def is_named(name: str, names: Collection[str]) -> bool:
+    """Whether a name is among `names`, of which some may be tokens."""
+    tokens = (other.split(":") for other in names if other.startswith(f"{_TOKEN}:"))
+    return name in names or any(len(t) == 3 and token(name, t[1]) == ":".join(t) for t in tokens)
 
 
 def load_dialogues(data: Any) -> list[Dialogue]:
-    """Dialogues of `config.data`, each with a split; nothing straddles splits.
+    """Dialogues of `config.data`, each with a split; nothing straddles splits. Those of `data.without` are left out.
 
     Raises:
-      UserError: no path, or no prepared data set there.
+      UserError: no path, no prepared data set there, or nobody of a name that is to be left out.
     """
+    dialogues = _load(data)
+    if not data.without:
+        return dialogues
+    queriers = {d.querier for d in dialogues}
+    for name in data.without:
+        # Whoever a token stands for may be gone from the data.
+        if name not in queriers and not name.startswith(f"{_TOKEN}:"):
+            raise UserError(
+                f"config.data.without names '{name}', and no querier of the data is called so{nearest(name, queriers)}"
+            )
+    gone = {name for name in queriers if is_named(name, data.without)}
+    return [d for d in dialogues if d.querier not in gone]
+
+
+def _load(data: Any) -> list[Dialogue]:
     if data.format == "synthetic":
         return synthetic.make_dialogues(synthetic.make_world(data.seed), data.per_pair)
     if data.format == "synthetic_base":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -12,11 +12,16 @@ from qaperso.errors import UserError, nearest
 from qaperso.types import STRANGER, Dialogue
 
 STRANGER_NAME = "stranger"
+# In `Registry.queriers`, in the place of somebody who was forgotten. No person has this name.
+NOBODY = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Registry:
-    """Queriers and responders by number. Querier i has row i + 1; row 0 is the stranger; spare rows stay free."""
+    """Queriers and responders by number. Querier i has row i + 1; row 0 is the stranger; spare rows stay free.
+
+    A querier called `NOBODY` is one who was forgotten: the row is free, all others keep theirs.
+    """
 
     queriers: tuple[str, ...]
     responders: tuple[str, ...]
@@ -33,12 +38,32 @@ class Registry:
         Raises:
           UserError: nobody of that name was in the training data.
         """
-        if querier in self.queriers:
+        if querier != NOBODY and querier in self.queriers:
             return self.queriers.index(querier) + 1
         if querier == STRANGER_NAME:
             return STRANGER
-        known = [*self.queriers, STRANGER_NAME]
-        raise UserError(f"querier '{querier}' is not known to this run{nearest(querier, known)}")
+        raise UserError(f"querier '{querier}' is not known to this run{nearest(querier, [*self.known, STRANGER_NAME])}")
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names that queriers have."""
+        return tuple(name for name in self.queriers if name != NOBODY)
+
+    @property
+    def forgotten(self) -> tuple[int, ...]:
+        """Rows of those who were forgotten."""
+        return tuple(i + 1 for i, name in enumerate(self.queriers) if name == NOBODY)
+
+    def free_row(self) -> int | None:
+        """The first row that nobody has; None where all are taken."""
+        row = (*self.forgotten, 1 + len(self.queriers))[0]
+        return row if row < self.rows else None
+
+    def called(self, row: int, name: str) -> Registry:
+        """The registry in which a row is somebody else's, or `NOBODY`'s; the table keeps its size."""
+        names = [*self.queriers, *[NOBODY] * (row - len(self.queriers))]
+        names[row - 1] = name
+        return dataclasses.replace(self, queriers=tuple(names), spare=self.rows - 1 - len(names))
 
     def to_json(self) -> dict:
         """A JSON object that `from_json` reads."""
@@ -105,6 +130,25 @@ def make_store(dialogues: Sequence[Dialogue], cluster: np.ndarray, spare: int = 
     return Store(
         tuple(dialogues), registry, row, responder, cluster, _text_ids(dialogues), classes, np.array(label, np.int32)
     )
+
+
+def without(store: Store, rows: Collection[int]) -> Store:
+    """The store without the dialogues, classes and names of some queriers' rows; every other number stays."""
+    if not rows:
+        return store
+    kept = np.flatnonzero(~np.isin(store.row, list(rows)))
+    columns = {key: getattr(store, key)[kept] for key in ("row", "responder", "cluster", "text", "label")}
+    registry = store.registry
+    for row in rows:
+        registry = registry.called(row, NOBODY)
+    dialogues, classes = tuple(store.dialogues[i] for i in kept), blank(store.classes, rows)
+    return dataclasses.replace(store, dialogues=dialogues, registry=registry, classes=classes, **columns)
+
+
+def blank(classes: Mapping[str, np.ndarray], rows: Collection[int]) -> dict[str, np.ndarray]:
+    """The classes with all numbers 0 where they are of these rows; no other class has querier 0, the stranger."""
+    gone = np.isin(classes["querier"], list(rows))
+    return {key: np.where(gone, 0, value).astype(value.dtype) for key, value in classes.items()}
 
 
 def _text_ids(dialogues: Sequence[Dialogue]) -> np.ndarray:

@@ -85,7 +85,7 @@ def summary(run: Run, trainable: Tree, store: Store, split: str, step: int) -> d
         "base": f"{config.base} (sha256 {run.record['base']['sha256'][:12]})",
         "data": config.data.path or config.data.format,
         "dialogues": ", ".join(f"{n:,} {name}" for name, n in sorted(count.items(), key=lambda x: str(x[0]))),
-        "people": f"queriers: {len(names.queriers)}, responders: {len(names.responders)}, clusters: {run.setting.clusters}",
+        "people": f"queriers: {len(names.known)}, responders: {len(names.responders)}, clusters: {run.setting.clusters}",
         "names in the text": config.data.names,
         "scored": f"{split} split, checkpoint of step {step:,} of {config.steps:,}",
         "parameters": f"{trained:,} trained, {frozen:,} frozen",

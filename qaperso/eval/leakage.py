@@ -131,6 +131,8 @@ def measure(given: Sequence[Canary], write: Write, score: Score, askers: int = A
 def find(run: Run, store: Store, split: str) -> list[Canary]:
     """The canaries of a run's data: the embedded world's facts as a split has them, or what was planted in training.
 
+    Whoever the run does not know asks for none.
+
     Raises:
       UserError: there are none.
     """
@@ -144,7 +146,8 @@ def find(run: Run, store: Store, split: str) -> list[Canary]:
             "found no canary in this run's data, expected the embedded world's facts or planted secrets; plant some and"
             " train again (docs/evaluation.md)"
         )
-    return found
+    known = set(run.registry.known)
+    return [dataclasses.replace(c, askers=tuple(name for name in c.askers if name in known)) for c in found]
 
 
 def leakage(run: Run, trainable: Tree, model: Callable[[], Model], store: Store, split: str) -> Metrics:
@@ -155,7 +158,11 @@ def leakage(run: Run, trainable: Tree, model: Callable[[], Model], store: Store,
     Raises:
       UserError: no canaries in its data.
     """
-    found = find(run, store, split)
+    return measure(find(run, store, split), *instruments(run, trainable, model))
+
+
+def instruments(run: Run, trainable: Tree, model: Callable[[], Model]) -> tuple[Write, Score]:
+    """How a run replies, and what it finds likely; see `leakage`."""
     greedy = Sampling(run.config.generate.max_new_tokens)
 
     def write(dialogues: Sequence[Dialogue]) -> Sequence[str]:
@@ -168,7 +175,7 @@ def leakage(run: Run, trainable: Tree, model: Callable[[], Model], store: Store,
         nll[[e.index for e in examples]] = reply_nll(run, trainable, examples)[0]
         return nll
 
-    return measure(found, write, score)
+    return write, score
 
 
 def _example(run: Run, dialogue: Dialogue, index: int) -> list[Example]:

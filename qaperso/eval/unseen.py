@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from qaperso import enrol
+from qaperso import people, rows
 from qaperso.data.store import Store
 from qaperso.errors import UserError
 from qaperso.eval.intervals import macro
@@ -104,7 +104,7 @@ def unseen_queriers(run: Run, trainable: Tree, store: Store, given: Sequence[int
     Raises:
       UserError: the split is empty, or the run has no (spare) rows.
     """
-    row = enrol.spare_row(run, trainable)
+    row = rows.spare_row(run, trainable)
     examples, _ = run.examples(store, "unseen")
     if not examples:
         raise UserError(
@@ -122,11 +122,11 @@ def unseen_queriers(run: Run, trainable: Tree, store: Store, given: Sequence[int
         return [dataclasses.replace(e, querier=asker) for _, e in pairs], [k for k, _ in pairs]
 
     def fit(numbers: Sequence[int]) -> Any:
-        return enrol.fit_row(run, trainable, some(numbers, row)[0], seed=seed)
+        return rows.fit_row(run, trainable, some(numbers, row)[0], seed=seed)
 
     def score(vector: Any, numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         asked, place = some(numbers, STRANGER if vector is None else row)
-        values = trainable if vector is None else enrol.with_row(trainable, row, vector)
+        values = trainable if vector is None else people.with_row(trainable, row, vector)
         sums, counts = np.zeros((2, len(numbers)))
         for total, found in zip((sums, counts), reply_nll(run, values, asked), strict=True):
             np.add.at(total, place, found)
