@@ -116,11 +116,19 @@ class Batcher:
 
     The cache is as long as the longest request under way needs, rounded up to a power of two. Prompts are read one a
     device at a time, padded to a power of two. So programs are compiled for buckets of lengths, and for no other reason.
+
+    `model` may be replaced by one of the same shapes: requests that get a slot from then on are looked up in it.
     """
 
-    def __init__(self, model: Model, slots: int):
-        """Makes `slots` free slots; a multiple of the mesh's devices is spread over them."""
-        self._model, self._count = model, slots
+    def __init__(self, model: Model, slots: int, length: int = 1):
+        """Makes `slots` free slots; a multiple of the mesh's devices is spread over them.
+
+        Args:
+          model: from `prepare`.
+          slots: how many.
+          length: of the cache at least; whatever fits it compiles no further step and takes no further memory.
+        """
+        self.model, self._count, self._length = model, slots, length
         devices = math.prod(model.run.mesh.shape[a] for a in BATCH_AXES)
         self._together = devices if slots % devices == 0 else 1
         self._handles = itertools.count()
@@ -162,7 +170,7 @@ class Batcher:
         for which, job in self._running.items():
             if job.handle == handle:
                 del self._running[which]
-                with jax.set_mesh(self._model.run.mesh):
+                with jax.set_mesh(self.model.run.mesh):
                     self._slots = generate.release(self._slots, np.int32(which))
                 return True
         return False
@@ -176,7 +184,7 @@ class Batcher:
         Returns:
           What each request under way got, in the order of their handles.
         """
-        model = self._model
+        model = self.model
         with jax.set_mesh(model.run.mesh):
             self._admit()
             if not self._running:
@@ -201,7 +209,7 @@ class Batcher:
         if not chosen:
             return
         self._running.update(chosen)
-        length = generate.bucket(max(job.length for job in self._running.values()))
+        length = generate.bucket(max(self._length, *(job.length for job in self._running.values())))
         # Prompts that are read together are of like length.
         chosen.sort(key=lambda c: len(c[1].prompt.tokens))
         for start in range(0, len(chosen), self._together):
@@ -210,7 +218,7 @@ class Batcher:
             self._insert([i for i, _ in group], [job for _, job in group], length)
 
     def _insert(self, which: list[int], jobs: list[_Job], length: int) -> None:
-        model = self._model
+        model = self.model
         config = model.run.setting.model
         asked = request(model, [j.prompt for j in jobs], [j.row for j in jobs], [j.sampling for j in jobs])
         cache = generate.prefill(model.weights, asked.inputs, asked.rows, config=config)

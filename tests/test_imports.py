@@ -19,8 +19,9 @@ models.published models.tokenizer models.towers models.inference models.encoder 
 methods methods.base methods.sft methods.qar methods.sft_rows methods.prompts methods.dpl mesh step checkpoint metrics
 people portable run claim stopping batching reply rows writers eval.intervals eval.overlap eval.lamp eval.compare
 eval.scores eval.awareness eval.retrieval eval.identify eval.paired eval.canaries eval.leakage eval.residue
-eval.unseen eval.report eval.card eval.predictions eval.judge eval.plots eval.page eval.gather eval.measure annotate
-prepare train evaluate judge bench chat enrol erase forget export launch""".split()
+eval.unseen eval.report eval.card eval.predictions eval.judge eval.plots eval.page eval.gather eval.measure
+server.protocol server.text server.keys server.meters server.roster server.engine server.service server.openapi
+server.page server.api annotate prepare train evaluate judge bench chat serve enrol erase forget export launch""".split()
 
 
 def imported(path: Path) -> set[str]:
