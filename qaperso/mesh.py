@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,31 @@ AXES = ("data", "fsdp", "tensor")
 HEARTBEAT_SECONDS = 30
 
 
-def make_mesh(data: int, fsdp: int, tensor: int) -> Mesh:
-    """Mesh ("data", "fsdp", "tensor") over all devices; one size may be -1 = whatever is left.
+def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
+    """Mesh ("data", "fsdp", "tensor") over all devices, or those given; one size may be -1 = whatever is left.
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    sizes, devices = [data, fsdp, tensor], len(jax.devices())
+    devices = jax.devices() if devices is None else devices
+    sizes, count = [data, fsdp, tensor], len(devices)
     if sizes.count(-1) == 1:
         known = math.prod(s for s in sizes if s != -1)
-        if known > 0 and devices % known == 0:
-            sizes[sizes.index(-1)] = devices // known
-    if min(sizes) < 1 or math.prod(sizes) != devices:
+        if known > 0 and count % known == 0:
+            sizes[sizes.index(-1)] = count // known
+    if min(sizes) < 1 or math.prod(sizes) != count:
         raise UserError(
-            f"config.mesh data={data} fsdp={fsdp} tensor={tensor} does not make {devices} devices; "
+            f"config.mesh data={data} fsdp={fsdp} tensor={tensor} does not make {count} devices; "
             "sizes must multiply to that number, one may be -1"
         )
     # Auto: the compiler propagates shardings; make_mesh's default, Explicit, would reject e @ e.T on sharded batches.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def batch_sharding(mesh: Mesh, axis: int) -> NamedSharding:
-    """Dimension `axis` spread over data x fsdp."""
+def batch_sharding(mesh: Mesh, axis: int, size: int) -> NamedSharding:
+    """Dimension `axis` of that size spread over data x fsdp; small arrays that do not divide are whole everywhere."""
+    if size % math.prod(mesh.shape[a] for a in BATCH_AXES):
+        return NamedSharding(mesh, PartitionSpec())
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
 
 
@@ -55,12 +59,9 @@ def put_batch(batch: Tree, mesh: Mesh, axis: int) -> Tree:
       mesh: of the run.
       axis: the dimension of rows (1 under micro-batches).
     """
-    sharding = batch_sharding(mesh, axis)
-    size = math.prod(mesh.shape[a] for a in BATCH_AXES)
 
     def leaf(x: np.ndarray) -> jax.Array:
-        # Small leaves that do not divide are whole everywhere.
-        target = sharding if x.shape[axis] % size == 0 else NamedSharding(mesh, PartitionSpec())
+        target = batch_sharding(mesh, axis, x.shape[axis])
         return jax.make_array_from_callback(x.shape, target, lambda index: x[index])
 
     return jax.tree.map(leaf, batch)

@@ -38,7 +38,7 @@ from qaperso.errors import UserError
 from qaperso.mesh import make_mesh
 from qaperso.methods import Setting
 from qaperso.models import base as bases
-from qaperso.models import decoder, hf, lora
+from qaperso.models import decoder, hf, lora, shapes
 from qaperso.models import tokenizer as tokenizers
 from qaperso.models.base import Location
 from qaperso.models.config import DecoderConfig, RopeScaling
@@ -339,6 +339,14 @@ def _digest(location: Location) -> str:
         digest.update(str(file.relative_to(folder)).encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def shape_of(config: Any) -> DecoderConfig:
+    """Shape of a configuration's base, without its weights; that of a model in `shapes.PUBLISHED` without the Hub."""
+    if config.base in shapes.PUBLISHED:
+        return shapes.PUBLISHED[config.base]
+    location = bases.locate(config.base)
+    return _model(config, location, _tokenizer(config, location))
 
 
 def _tokenizer(config: Any, location: Location) -> Tokenizer:

@@ -103,6 +103,7 @@ def train_step(
     base: Tree,
     batch: Tree,
     key: jax.Array,
+    place: Tree | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update from K micro-batches.
 
@@ -112,6 +113,8 @@ def train_step(
       base: frozen parameters, {} when everything is trained.
       batch: a Batch with leaves [K, ...].
       key: of the run; the step's number is folded in.
+      place: static, shardings of the trainables, for their gradients. Left to itself the compiler sums whole gradients on
+        every device and then cuts them.
 
     Returns:
       The new state, and float32 scalars: the losses (means), `loss`, `grad_norm`, `tokens`, `finite`. Where loss or
@@ -131,6 +134,7 @@ def train_step(
 
     def accumulate(total: Tree, scanned: tuple) -> tuple[Tree, Tree]:
         (loss, (means, update)), gradient = jax.value_and_grad(objective, has_aux=True)(state.trainable, *scanned)
+        gradient = gradient if place is None else jax.lax.with_sharding_constraint(gradient, place)
         return jax.tree.map(jnp.add, total, (gradient, {"loss": loss, **means})), update
 
     zeros = {"loss": jnp.zeros(()), **{name: jnp.zeros(()) for name in term_weights}}
@@ -175,8 +179,13 @@ def start(
     """
     spread = state_shardings(optimizer, trainable, memory, mesh)
     state = jax.jit(functools.partial(init_state, optimizer), out_shardings=spread)(trainable, memory)
-    function = functools.partial(train_step, setting, method, optimizer)
-    return state, jax.jit(function, donate_argnums=0, out_shardings=(spread, None))
+    return state, program(setting, method, optimizer, spread)
+
+
+def program(setting: Setting, method: ModuleType, optimizer: optax.GradientTransformation, spread: TrainState) -> Any:
+    """`train_step` as one jitted program that donates its state and leaves each part of it where `spread` says."""
+    function = functools.partial(train_step, setting, method, optimizer, place=spread.trainable)
+    return jax.jit(function, donate_argnums=0, out_shardings=(spread, None))
 
 
 def dead_parameters(largest: Tree) -> list[str]:

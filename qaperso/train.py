@@ -253,15 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="a Python file with get_config()")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives; resumed when it has one")
     known, rest = parser.parse_known_args(arguments)
-    overrides = []
-    for i, text in enumerate(rest):
-        if text.startswith("--config."):
-            value = text.removeprefix("--config.")
-            if "=" not in value and i + 1 < len(rest) and not rest[i + 1].startswith("--"):
-                value += "=" + rest[i + 1]
-            overrides.append(value)
-        elif not (i and rest[i - 1].startswith("--config.") and "=" not in rest[i - 1]):
-            raise UserError(f"unknown argument '{text}'; options are --config, --workdir and --config.KEY=VALUE")
+    overrides = configs.overrides(rest, "--config, --workdir")
     start_runtime()
     return train(configs.load(known.config, overrides), Path(known.workdir))
 

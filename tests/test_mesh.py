@@ -42,7 +42,7 @@ def test_each_device_gets_its_rows_only() -> None:
     whole = {"rows": np.arange(2 * 8 * 3).reshape(2, 8, 3), "few": np.arange(6).reshape(2, 3)}
     placed = mesh.put_batch(whole, made, 1)
     assert placed["rows"].sharding.spec == PartitionSpec(None, ("data", "fsdp"))
-    assert placed["rows"].sharding == mesh.batch_sharding(made, 1)
+    assert placed["rows"].sharding == mesh.batch_sharding(made, 1, 8)
     for shard in placed["rows"].addressable_shards:
         data, fsdp, _ = (int(i[0]) for i in np.nonzero(made.devices == shard.device))
         first = 2 * (2 * data + fsdp)

@@ -115,7 +115,7 @@ def on_mesh(name: str, sizes: tuple[int, int, int]) -> tuple[np.ndarray, dict]:
     moments = arrays.flat(spread.optimizer)["1/0/mu/lora/q/a"]
     assert moments.spec == (PartitionSpec(None, "fsdp", None) if sizes[1] > 1 else moments.spec)
     # Without output shardings the compiler may choose others than the input's, and the second step compiles again.
-    advance = helpers.stepper(run, method, optimizer, donate_argnums=0, out_shardings=(spread, None))
+    advance = step.program(run, method, optimizer, spread)
     with jax.set_mesh(made):
         result = run_three(name, advance, jax.device_put(state, spread), base, lambda b: mesh.put_batch(b, made, 1))
     assert advance._cache_size() == 1

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from qaperso import losses
+from qaperso.arrays import gather_table
 from qaperso.data.store import Store
 from qaperso.methods import Setting
 from qaperso.models import decoder, lora, towers
@@ -79,7 +80,7 @@ def token_losses(
     """Negative log-likelihood of each predicted token in nats, 0 where nothing is predicted."""
     picked = jnp.take_along_axis(states, batch.target_index[None, :, :, None], 2)
     hidden = towers.join(params.get("tower", {}), base, picked, setting.model)
-    return losses.cross_entropy(hidden, decoder.head(base), batch.target, batch.weight)
+    return losses.cross_entropy(hidden, gather_table(decoder.head(base)), batch.target, batch.weight)
 
 
 def dialogue_losses(batch: Batch, per_token: Float[Array, "B T"]) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qaperso.arrays import platform
+
 
 def dot(a: Array, b: Array, contract: tuple, batch: tuple = ((), ()), dtype: Any = None) -> Array:
     """`lax.dot_general` with float32 sums, the result in `dtype` (float32 by default).
@@ -25,12 +27,12 @@ def working(dtype: Any) -> Any:
     XLA's CPU back end has bfloat16 products and nothing else in bfloat16: it would convert before and after each sum, and
     whole stacks of layers to read one.
     """
-    return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else dtype)
+    return jnp.dtype(jnp.float32 if platform() == "cpu" else dtype)
 
 
 def bits(x: Array) -> Array:
     """A frozen bfloat16 array as uint16, to be sliced on CPUs without being converted first; others as they are."""
-    plain = x.dtype != jnp.bfloat16 or jax.default_backend() != "cpu"
+    plain = x.dtype != jnp.bfloat16 or platform() != "cpu"
     return x if plain else jax.lax.bitcast_convert_type(x, jnp.uint16)
 
 

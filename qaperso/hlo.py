@@ -1,0 +1,366 @@
+"""What a compiled program does on one device, read from its HLO text.
+
+XLA's own cost analysis counts the body of a loop once, and a stack of layers is a loop. Here each computation counts as
+often as it runs: XLA writes trip counts down, or, for TPUs, leaves a condition that compares a counter with a constant. A loop
+whose count nobody knows, such as that of decoding, counts once. A collective that runs beside other kernels is written again
+in each of them, under one channel: it counts once.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16, "f8e4m3fn": 1, "f8e5m2": 1}
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# What touches no memory itself.
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
+FREE |= {"opt-barrier", "iota", "while", "conditional", "call", "async-start", "async-update", "async-done"}
+SLICES = ("dynamic-slice", "slice", "gather")
+
+_ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+\w*)\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.\-]+)")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CALLED = re.compile(r"\b(calls|body|condition|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array of an instruction's result: element type, dimensions, and whether it lies in the device's main memory."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    main: bool = True
+
+    @property
+    def bytes(self) -> float:
+        """Its size, without the padding of tiles."""
+        return float(BYTES.get(self.dtype, 0) * math.prod(self.dims))
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation; `rest` is what stands behind the operands, or the number of a parameter or constant."""
+
+    name: str
+    opcode: str
+    result: tuple[Array, ...]
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def kind(self) -> str:
+        """The opcode, without the -start of one whose end is an instruction of its own."""
+        return self.opcode.removesuffix("-start")
+
+    def called(self, key: str) -> str:
+        """The computation under `key`; "" where there is none."""
+        return dict(_CALLED.findall(self.rest)).get(key, "")
+
+
+Computation = Mapping[str, Instruction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Communication of one instruction.
+
+    Attributes:
+      kind: one of COLLECTIVES.
+      arrays: what it works on, on one device: the gathered arrays of an all-gather, else its operands.
+      bytes: of those arrays, for one run.
+      group: how many devices take part.
+      times: how often it runs in the program.
+      channel: its number; 0 = none.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+    bytes: float
+    group: int
+    times: int = 1
+    channel: int = 0
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends in one run, by ring algorithms."""
+        share = {"all-reduce": 2 * (self.group - 1) / self.group, "collective-permute": 1.0}
+        return self.bytes * share.get(self.kind, (self.group - 1) / self.group)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a program does on one device.
+
+    Attributes:
+      flops: of matrix products and convolutions.
+      hbm_bytes: read from and written to main memory: operands and results of every kernel, slices as slices.
+      collectives: with how often each runs.
+    """
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    collectives: tuple[Collective, ...] = ()
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes, self.collectives + other.collectives)
+
+    def once(self) -> Cost:
+        """With one collective of each channel: the others are parts of it, in kernels that run meanwhile."""
+        seen = {c.channel or -i: c for i, c in reversed(list(enumerate(self.collectives, 1)))}
+        return dataclasses.replace(self, collectives=tuple(reversed(seen.values())))
+
+    def repeated(self, times: int) -> Cost:
+        """The same, `times` times."""
+        found = tuple(dataclasses.replace(c, times=c.times * times) for c in self.collectives)
+        return Cost(self.flops * times, self.hbm_bytes * times, found)
+
+
+def cost(text: str) -> Cost:
+    """What the compiled module does, every loop body as often as it runs.
+
+    Args:
+      text: of the optimised HLO module, as `jax.stages.Compiled.as_text` gives it.
+    """
+    computations, entry = parse(text)
+
+    @functools.cache
+    def of(name: str, fused: bool) -> Cost:
+        inside, total = computations[name], Cost()
+        for one in inside.values():
+            total += Cost(_flops(one, inside))
+            total += Cost(collectives=_collectives(one, inside, fused))
+            if one.opcode == "fusion":
+                total += of(one.called("calls"), True)
+            elif one.opcode == "while":
+                total += of(one.called("body"), False).repeated(_trips(one, computations))
+            elif one.opcode in ("call", "async-start"):
+                total += of(one.called("to_apply") or one.called("calls"), fused)
+            elif one.opcode == "conditional":
+                branches = [of(branch, False) for branch in _branches(one)]
+                total += max(branches, key=lambda c: (c.flops, c.hbm_bytes))
+            if not fused:
+                total += Cost(hbm_bytes=_traffic(one, inside, computations))
+        return total if fused else total.once()
+
+    return of(entry, False)
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """All computations by name, each {instruction: its line} in order, and the name of the entry."""
+    found: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            current = found[head[2]] = {}
+            entry = head[2] if head[1] else entry
+        elif body := _LINE.match(line):
+            one = _instruction(body[2], body[3], bool(body[1]))
+            current[one.name] = one
+    return found, entry
+
+
+def _instruction(name: str, text: str, root: bool) -> Instruction:
+    end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
+    result, text = text[:end], text[end:].lstrip()
+    opcode, _, _ = text.partition("(")
+    close = _closing(text, len(opcode))
+    inner = text[len(opcode) + 1 : close]
+    # Parameters and constants have a number where others have operands.
+    rest = inner if opcode in ("parameter", "constant") else text[close + 1 :]
+    return Instruction(name, opcode, _arrays(result), tuple(_NAME.findall(inner)), rest, root)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the bracket that opens at `start` closes."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if not depth:
+            return i
+    return len(text)
+
+
+def _arrays(text: str) -> tuple[Array, ...]:
+    # Memory space 0 is not written down; 1 is the chip's own fast memory, others are small or the host's.
+    return tuple(
+        Array(dtype, tuple(map(int, filter(None, dims.split(",")))), "S(" not in layout)
+        for dtype, dims, layout in _ARRAY.findall(text)
+    )
+
+
+def _branches(one: Instruction) -> Sequence[str]:
+    listed = _BRANCHES.search(one.rest)
+    return _NAME.findall(listed[1]) if listed else [one.called("true_computation"), one.called("false_computation")]
+
+
+def _trips(one: Instruction, computations: Mapping[str, Computation]) -> int:
+    """How often a loop runs; 1 where that is not known. JAX counts its scans from 0 by 1."""
+    if written := _TRIPS.search(one.rest):
+        return int(written[1])
+    inside = computations[one.called("condition")]
+    root = next(x for x in inside.values() if x.root)
+    if root.opcode == "fusion":
+        # The comparison as a kernel of its own: its operands are those of the kernel.
+        fused = computations[root.called("calls")]
+        test = next(x for x in fused.values() if x.root)
+        given = {x.name: root.operands[int(x.rest)] for x in fused.values() if x.opcode == "parameter"}
+        names = [given.get(name, name) for name in test.operands]
+        inside = {**fused, **inside}
+    else:
+        test, names = root, list(root.operands)
+    if test.opcode != "compare" or "direction=LT" not in test.rest:
+        return 1
+    bound = inside[names[1]]
+    return int(bound.rest) if bound.opcode == "constant" else 1
+
+
+def _group(rest: str) -> int:
+    """Devices in each replica group of a collective; 2 for pairs."""
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        # An axis, or a part of one: 'name':(devices before)devices.
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(own or sizes[name]) for name, own in parts)
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(iota[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return listed[1].count(",") + 1
+    return 2
+
+
+def _operands(one: Instruction, inside: Computation) -> list[Array]:
+    return [a for name in one.operands if name in inside for a in inside[name].result]
+
+
+def _collectives(one: Instruction, inside: Computation, fused: bool) -> tuple[Collective, ...]:
+    if one.kind not in COLLECTIVES:
+        return ()
+    group, kind, arrays = _group(one.rest), one.kind, _operands(one, inside)
+    if kind == "all-gather":
+        axis = int(re.search(r"dimensions=\{(\d+)", one.rest)[1])
+        arrays = [
+            dataclasses.replace(a, dims=(*a.dims[:axis], a.dims[axis] * group, *a.dims[axis + 1 :])) for a in arrays
+        ]
+    users = [other.opcode for other in inside.values() if one.name in other.operands]
+    if fused and kind == "all-reduce" and users and all(user == "dynamic-slice" for user in users):
+        # How TPUs write a reduce-scatter: one kernel that sums and keeps the device's own part.
+        kind = "reduce-scatter"
+    channel = re.search(r"channel_id=(\d+)", one.rest)
+    size = sum((a.bytes for a in arrays), 0.0)
+    return (Collective(kind, tuple(arrays), size, group, channel=int(channel[1]) if channel else 0),)
+
+
+def _flops(one: Instruction, inside: Computation) -> float:
+    """2 for each multiplication of a matrix product or convolution; 0 for anything else."""
+    if one.opcode == "convolution":
+        return _convolution(one, inside)
+    key = r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)'
+    found = re.search(key, one.rest) if one.opcode in ("dot", "custom-call") else None
+    if not found:
+        return 0.0
+    left = inside[one.operands[0]].result[0]
+    return 2.0 * math.prod(one.result[0].dims) * math.prod(left.dims[int(i)] for i in re.findall(r"\d+", found[1]))
+
+
+def _convolution(one: Instruction, inside: Computation) -> float:
+    """Products that fall on padding or between dilated elements are not counted: TPUs write batched products so."""
+    left, right = (inside[name].result[0] for name in one.operands[:2])
+    lhs, rhs, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest).groups()
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", one.rest) or [None, ""])[1]))
+    groups = int((re.search(r"batch_group_count=(\d+)", one.rest) or [None, 1])[1])
+    total = 2.0 * one.result[0].dims[out.index("b")] * math.prod(right.dims[rhs.index(x)] for x in "io") / groups
+
+    def option(name: str, i: int, default: str) -> str:
+        return window[name].split("x")[i] if name in window else default
+
+    for i, place in enumerate(c for c in out if c.isdigit()):
+        size, kernel = left.dims[lhs.index(place)], right.dims[rhs.index(place)]
+        stride, spread, step = (int(option(name, i, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate"))
+        low = int(option("pad", i, "0_0").split("_")[0])
+        total *= _valid(size, kernel, one.result[0].dims[out.index(place)], stride, spread, step, low)
+    return total
+
+
+@functools.cache
+def _valid(size: int, kernel: int, out: int, stride: int, spread: int, step: int, low: int) -> int:
+    """Pairs of a result's and a kernel's place, along one dimension, that meet an element of the input."""
+    at = (o * stride - low + k * step for o, k in itertools.product(range(out), range(kernel)))
+    return sum(0 <= x <= (size - 1) * spread and x % spread == 0 for x in at)
+
+
+def _traffic(one: Instruction, inside: Computation, computations: Mapping[str, Computation]) -> float:
+    """Bytes that a kernel reads from and writes to main memory."""
+    if one.opcode in FREE or one.opcode.endswith("-done"):
+        return 0.0
+    if one.opcode == "fusion":
+        return _fusion_traffic(one, inside, computations[one.called("calls")])
+    operands = _operands(one, inside)
+    read, written = _main(operands), _main(one.result)
+    if one.opcode in SLICES:
+        return 2 * written
+    if one.opcode == "dynamic-update-slice":
+        return 2 * _main(inside[one.operands[1]].result)
+    if one.opcode == "copy-start":
+        written = _main(one.result[:1])
+    elif one.opcode.endswith("-start") and len(one.result) >= 2 * len(operands):
+        # The result lists the operands before what is written.
+        written = _main(one.result[len(operands) : 2 * len(operands)])
+    return read + written
+
+
+def _main(arrays: Sequence[Array]) -> float:
+    return sum((a.bytes for a in arrays if a.main), 0.0)
+
+
+def _fusion_traffic(one: Instruction, inside: Computation, fused: Computation) -> float:
+    """Of a fused kernel: what it slices of an operand, what it updates of a result, else all of them."""
+    users: dict[str, list[tuple[Instruction, int]]] = collections.defaultdict(list)
+    for other in fused.values():
+        for place, name in enumerate(other.operands):
+            users[name].append((other, place))
+
+    def consumers(name: str) -> Iterator[tuple[Instruction, int]]:
+        for user, place in users[name]:
+            yield from consumers(user.name) if user.opcode == "bitcast" else [(user, place)]
+
+    total = 0.0
+    parameters = {int(one.rest): one for one in fused.values() if one.opcode == "parameter"}
+    for number, array in enumerate(_operands(one, inside)):
+        if not array.main:
+            continue
+        used = list(consumers(parameters[number].name))
+        if used and all(u.opcode in SLICES and place == 0 for u, place in used):
+            total += min(array.bytes, sum(u.result[0].bytes for u, _ in used))
+        elif not (used and all(u.opcode == "dynamic-update-slice" and place == 0 for u, place in used)):
+            total += array.bytes
+    for array, source in zip(one.result, _sources(fused), strict=False):
+        if array.main:
+            updated = source is not None and source.opcode == "dynamic-update-slice"
+            total += sum(a.bytes for a in fused[source.operands[1]].result) if updated else array.bytes
+    return total
+
+
+def _sources(fused: Computation) -> list[Instruction | None]:
+    """The instruction that makes each array of the result, bitcasts looked through."""
+    root = next(one for one in fused.values() if one.root)
+    names = root.operands if root.opcode == "tuple" else (root.name,)
+
+    def source(name: str) -> Instruction | None:
+        one = fused.get(name)
+        return source(one.operands[0]) if one is not None and one.opcode == "bitcast" and one.operands else one
+
+    return [source(name) for name in names]
