@@ -56,7 +56,7 @@ def test_a_plan_and_its_record(config: Path, tmp_path: Path, capsys: pytest.Capt
     assert found["flops"] == 2e9 and 0 < found["useful_flops"] and 0 < found["mfu"] < 1
     assert found["step_seconds"] == pytest.approx(sum(found["seconds"].values()))
     assert found["seconds"][found["bound"]] == max(found["seconds"].values())
-    gather = {"kind": "all-gather", "arrays": "bf16[64,32]", "bytes": 4096.0, "group": 8, "times": 6}
+    gather = {"kind": "all-gather", "arrays": "bf16[64,32]", "bytes": 4096.0, "group": 8, "times": 6, "channel": 0}
     assert found["collectives"] == [gather]
     # 16 rows of 48 tokens on 8 chips.
     assert found["tokens_per_second"] == pytest.approx(16 * 48 / 8 / found["step_seconds"])

@@ -188,6 +188,7 @@ checkpoint.Writer.save = save_and_die
 """
 
 
+@pytest.mark.slow
 def test_sigkill_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """A process of its own dies within the asynchronous save of step 6."""
     config = tmp_path / "tiny.py"

@@ -23,6 +23,7 @@ def test_what_only_looks_like_a_token_is_nobody_s() -> None:
     assert not any(load.is_named("ann", [text]) for text in ("sha256:", "sha256:ab", "sha256:ab:cd:ef", "SHA256:a:b"))
 
 
+@pytest.mark.slow
 def test_dialogues_of_who_is_left_out_are_gone_and_others_stay() -> None:
     data = configs.default().data
     whole = load.load_dialogues(data)
