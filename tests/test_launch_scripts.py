@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
-COMMAND = ("--", "train", "--config", "configs/a b.py", "--workdir", "/work/it's", "--config.seed=1")
-REMOTE = r"bash qaperso/launch/worker.sh run train --config configs/a\ b.py --workdir /work/it\'s --config.seed=1"
+COMMAND = ("--", "train", "--config", "configs/a b.py", "--workdir", "/runs/it's", "--config.seed=1")
+REMOTE = r"bash qaperso/launch/worker.sh run train --config configs/a\ b.py --workdir /runs/it\'s --config.seed=1"
 TPU = ("--name", "pod", "--type", "v5litepod-16", "--runtime", "v2-alpha-tpuv5-lite", "--poll", "0")
 GKE = ("--name", "pod", "--image", "registry/q:1", "--accelerator", "tpu-v5-lite-podslice", "--topology", "4x4")
 GKE += ("--hosts", "4", "--claim", "work")
