@@ -130,7 +130,7 @@ def enrol(run: Run, trainable: Tree, step: int, name: str, dialogues: Sequence[D
     """
     start = time.monotonic()
     fitted = "rows" in trainable.get("tower", {}) or run.store is None
-    row = rows.spare_row(run, trainable) if fitted else free_row(run.registry)
+    row = rows.spare_row(run, trainable) if fitted else rows.free_row(run.registry)
     person = Person(name, row, step, "", None, _numbered(dialogues, row), {})
     if run.store is not None:
         # Each dialogue sees the others as its history.
@@ -151,21 +151,6 @@ def enrol(run: Run, trainable: Tree, step: int, name: str, dialogues: Sequence[D
         found["unheard"] = _figures(rows.read(run, trainable, scored), trainable, vector) if scored else None
         person = dataclasses.replace(person, weights=people.digest(trainable), vector=np.asarray(vector))
     return dataclasses.replace(person, found=found | {"seconds": round(time.monotonic() - start, 1)})
-
-
-def free_row(registry: Registry) -> int:
-    """The first row that nobody has.
-
-    Raises:
-      UserError: all are taken.
-    """
-    row = registry.free_row()
-    if row is None:
-        raise UserError(
-            f"found no free row beside those of {len(registry.known)} queriers, expected one for somebody new; train with a"
-            " higher config.data.spare_rows, or forget somebody"
-        )
-    return row
 
 
 def _numbered(dialogues: Sequence[Dialogue], row: int) -> tuple[Dialogue, ...]:
@@ -193,7 +178,7 @@ def add(workdir: Path, registry: Registry, person: Person) -> Person:
     with people.locked(workdir):
         now = people.joined(registry, people.read(workdir), workdir)
         check_name(now, person.name)
-        row = free_row(now)
+        row = rows.free_row(now)
         person = dataclasses.replace(person, row=row, dialogues=_numbered(person.dialogues, row))
         people.write(workdir, person)
     return person
@@ -288,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = open_run(workdir, enrolled=False)
     now = people.joined(run.registry, people.read(run.workdir), run.workdir)
     check_name(now, name)
-    free_row(now)
+    rows.free_row(now)
     responders = run.registry.responders
     if known.responder is not None and known.responder not in responders:
         raise UserError(

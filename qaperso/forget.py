@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from qaperso import checkpoint, erase, people, portable, train
+from qaperso import checkpoint, erase, people, portable, storage, train
 from qaperso import config as configs
 from qaperso.data import load, prepared
 from qaperso.data.store import NOBODY, STRANGER_NAME, Registry, blank, without
@@ -65,17 +65,18 @@ def forget(workdir: Path, name: str) -> tuple[dict[str, Any], Path]:
     """Takes a querier out of a run.
 
     Args:
-      workdir: of the run; nobody may train it meanwhile.
+      workdir: of the run.
       name: of somebody of the training data, or who was enrolled.
 
     Returns:
       The receipt, and where it lies.
 
     Raises:
-      UserError: nobody of that name, or an exported run, which has no training state to take them out of.
+      UserError: nobody of that name, the run is being trained, or an exported run, which has no training state to take them out of.
     """
     read_record(workdir)
-    with people.locked(workdir):
+    # Nobody else enrols or forgets somebody meanwhile, and no training writes checkpoints.
+    with people.locked(workdir), storage.locked(workdir):
         erase.mend(workdir)
         run = open_run(workdir)
         if name == STRANGER_NAME:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float
 from qaperso import losses
 from qaperso.arrays import BATCH_AXES
 from qaperso.data.batches import sequential
+from qaperso.data.store import Registry
 from qaperso.errors import UserError
 from qaperso.mesh import put_batch
 from qaperso.methods import Setting
@@ -55,11 +56,20 @@ def spare_row(run: Run, trainable: Tree) -> int:
       UserError: the run has no rows, or all are taken.
     """
     table_of(trainable)
-    row = run.registry.free_row()
+    return free_row(run.registry)
+
+
+def free_row(registry: Registry) -> int:
+    """The first row that nobody has.
+
+    Raises:
+      UserError: all are taken.
+    """
+    row = registry.free_row()
     if row is None:
         raise UserError(
-            f"found no spare row beside those of {len(run.registry.known)} queriers, expected one for somebody new;"
-            " train with a higher config.data.spare_rows"
+            f"found no free row beside those of {len(registry.known)} queriers, expected one for somebody new; train with a"
+            " higher config.data.spare_rows, or forget somebody"
         )
     return row
 
