@@ -129,7 +129,7 @@ def test_what_cannot_be_fitted() -> None:
     with pytest.raises(UserError, match="found row 17, expected one of the table's 17"):
         people.with_row(trainable, 17, jnp.zeros(32))
     full = dataclasses.replace(run, registry=dataclasses.replace(run.registry, spare=0))
-    with pytest.raises(UserError, match="found no spare row beside those of 12 queriers"):
+    with pytest.raises(UserError, match="found no free row beside those of 12 queriers"):
         rows.spare_row(full, trainable)
     plain, _, values = untrained.opened(method="sft")
     calls = (
