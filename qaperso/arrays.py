@@ -157,7 +157,7 @@ def gather_table(table: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return table
-    rows = "tensor" if table.shape[0] % mesh.shape["tensor"] == 0 else None
+    rows = "tensor" if divides(mesh, ("tensor",), table.shape[0]) else None
     return jax.lax.with_sharding_constraint(table, PartitionSpec(rows, None))
 
 
