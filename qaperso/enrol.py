@@ -26,10 +26,9 @@ from qaperso.arrays import BATCH_AXES
 from qaperso.data.batches import sequential
 from qaperso.errors import UserError
 from qaperso.mesh import put_batch
-from qaperso.methods import Setting
+from qaperso.methods import Setting, base
 from qaperso.models import decoder, towers
 from qaperso.models.decoder import Adapters
-from qaperso.models.linear import working
 from qaperso.run import Run
 from qaperso.types import STRANGER, Batch, Example, Inputs
 
@@ -174,7 +173,7 @@ def _general_stream(trainable: Tree, frozen: Tree, batch: Batch, *, setting: Set
     def cut(start: int, stop: int) -> tuple[Tree, Tree | None]:
         return jax.tree.map(lambda a: a[start:stop], (params["layers"], adapters.lora))
 
-    x = decoder.embed(params, batch.inputs.tokens, working(setting.config.dtype))
+    x = base.embedded(setting, params, batch.inputs, adapters)
     parting = _through(setting, cut(0, split), batch.inputs, x) if split else x
     last = _through(setting, cut(split, setting.model.layers), batch.inputs, parting)
     return _Kept(parting, _predicting(last, batch))

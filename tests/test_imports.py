@@ -14,9 +14,9 @@ data.formats.common data.formats data.formats.jsonl data.formats.mqdialog data.f
 data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slack data.formats.discord
 data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews
 data.clean data.runs data.duplicates data.splits data.features data.clusters data.prepared data.shards data.merge
-data.topics data.store data.history data.text data.plan data.batches data.paper data.load
+data.topics data.store data.history data.vectors data.text data.plan data.batches data.paper data.load
 models.config models.base models.linear models.lora models.attention models.decoder models.gguf models.hf models.tokenizer
-models.towers models.inference models.encoder models.embedder losses generate methods methods.base methods.sft methods.qar
+models.towers models.inference models.encoder models.embedder models.plug losses generate methods methods.base methods.sft methods.pplug methods.qar
 methods.sft_rows methods.prompts mesh step checkpoint metrics run batching reply enrol
 eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness eval.retrieval eval.identify eval.paired
 eval.canaries eval.leakage eval.unseen eval.report eval.predictions eval.judge eval.plots eval.page eval.gather eval.measure

@@ -24,6 +24,7 @@ class Setting:
       queriers: querier rows, the stranger's and spare ones included.
       clusters: number of query clusters.
       classes: {responder, querier, cluster: int32[C]}, the classes that occur in training.
+      norm: mean Euclidean length of the base's token embeddings; measured where the method has soft tokens.
     """
 
     config: Any
@@ -31,6 +32,7 @@ class Setting:
     queriers: int
     clusters: int
     classes: dict[str, np.ndarray]
+    norm: float = 1.0
 
 
 def load(name: str) -> ModuleType:
