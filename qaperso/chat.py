@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--querier", required=True, nargs="+", metavar="NAME", help='"stranger" = nobody it knows')
     parser.add_argument("--responder", metavar="NAME", help="needed where the run has several")
     parser.add_argument("--once", metavar="TEXT", help="ask this and leave")
-    parser.add_argument("--history", metavar="FILE", help="dialogues (format jsonl) that took place since training")
+    parser.add_argument("--history", metavar="FILE", help="jsonl dialogues that took place since training")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--top-p", type=float)
     parser.add_argument("--max-new-tokens", type=int)
