@@ -10,7 +10,7 @@ def get_config():
     c.remat = "dots"
     c.data.names = "masked"
     c.pplug.encoder = "base"  # nothing to download
-    c.pplug.items, c.pplug.query = 128, 32
+    c.pplug.history, c.pplug.query = 128, 32
     c.pplug.tokens = 4
     c.pplug.temperature = 0.1
     c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 10, 96, 64, 2

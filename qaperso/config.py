@@ -34,7 +34,7 @@ POSITIVE = (
     *("steps", "log_every", "checkpoint_every", "dev_dialogues", "keep_latest", "model", "batch", "lora.rank"),
     *("qar.rank", "qar.head_dim", "qar.bank_size", "qar.temperature", "data.per_pair", "data.count"),
     *("optimizer.lr", "optimizer.clip", "generate.max_new_tokens", "prompts.examples", "prompts.tokens"),
-    *("pplug.items", "pplug.query", "pplug.tokens", "pplug.temperature"),
+    *("pplug.history", "pplug.query", "pplug.tokens", "pplug.temperature"),
 )
 NOT_NEGATIVE = (
     *(
@@ -103,7 +103,7 @@ def default() -> ConfigDict:
     c.pplug = ConfigDict(
         dict(
             encoder="",  # "base" = the base's own token embeddings; else a sentence encoder's folder, package:NAME/FILE or Hub name
-            items=512,  # of history, the most recent
+            history=512,  # items, the most recent
             query=128,  # tokens of a query that are read
             tokens=1,  # soft tokens that the history becomes; one more is the instruction's
             temperature=1.0,  # of the weights of items

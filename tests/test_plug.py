@@ -137,13 +137,12 @@ def test_a_bag_on_the_device_is_the_bag_on_the_host() -> None:
     rng = np.random.default_rng(0)
     texts = ["1 2 2", "3", "", "4 4 4 4 1"]
     table = rng.normal(1.0, 1.0, (6, E)).astype(np.float32)
-    bag = plug.bag(table, lambda text: [int(t) for t in text.split()], ["1 2", "1 1", "4"])
+    bag = plug.bag(table, lambda texts: [[int(t) for t in text.split()] for text in texts], ["1 2", "1 1", "4"])
     # idf: 1 is in two of three texts, 2 and 4 in one, the others in none.
     weight = 1 + np.log(4 / np.array([1, 3, 2, 1, 2, 1]))
     np.testing.assert_allclose(bag.table, (table - table.mean(0)) * weight[:, None], rtol=1e-5, atol=1e-6)
     tokens, present = np.zeros((len(texts), 5), np.int32), np.zeros((len(texts), 5), bool)
-    for i, text in enumerate(texts):
-        ids = bag.tokens(text)
+    for i, ids in enumerate(bag.tokens(texts)):
         tokens[i, : len(ids)], present[i, : len(ids)] = ids, True
     found = bag.embed(texts)
     device = plug.unit(plug.encode_bag({"table": jnp.asarray(bag.table)}, jnp.asarray(tokens), jnp.asarray(present)))

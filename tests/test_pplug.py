@@ -32,7 +32,7 @@ from qaperso.run import Run
 from qaperso.types import STRANGER, Dialogue, Example, Inputs, Turn
 
 Tree = Any
-PLUG = dict(pplug__encoder="base", pplug__items=8, pplug__query=12, pplug__tokens=2, pplug__temperature=0.2)
+PLUG = dict(pplug__encoder="base", pplug__history=8, pplug__query=12, pplug__tokens=2, pplug__temperature=0.2)
 LEAVES = {
     "plug/encoder/table",
     "plug/instruction",
@@ -53,7 +53,8 @@ def dev_of(store: Store, count: int = 3) -> list[int]:
 
 def slopes(run: Run, trainable: Tree, examples: list[Example]) -> Tree:
     """Gradients of the language model's loss to the trainable tree."""
-    batch = helpers.device(make_batch([examples[:3], examples[3:6]], dataclasses.replace(run.shape, rows=2)))
+    shape = dataclasses.replace(run.shape, rows=2, length=3 * run.shape.length, targets=3 * run.shape.targets)
+    batch = helpers.device(make_batch([examples[:3], examples[3:6]], shape))
     setting, key = run.setting, jax.random.key(0)
     loss = lambda values: run.method.loss(setting, values, run.base, batch, {}, key)[0]["lm"]  # noqa: E731
     return jax.jit(jax.grad(loss))(trainable)
@@ -317,7 +318,7 @@ def test_bad_configurations() -> None:
         (["pplug.encoder="], "method='pplug' needs config.pplug.encoder"),
         (["method=sft"], "needs method='pplug' or 'qar'"),
         (["trainable=all"], "trainable='adapters'"),
-        (["pplug.items=0"], "more than 0"),
+        (["pplug.history=0"], "more than 0"),
         (["pplug.dropout=1.0"], "a share"),
     ):
         with pytest.raises(UserError, match=message):

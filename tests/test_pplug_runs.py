@@ -20,7 +20,7 @@ from qaperso.models import tokenizer as tokenizers
 from qaperso.models.config import DecoderConfig
 from qaperso.types import Dialogue, Turn
 
-PLUG = ("method=pplug", "pplug.encoder=base", "pplug.items=16", "pplug.query=16", "pplug.temperature=0.1")
+PLUG = ("method=pplug", "pplug.encoder=base", "pplug.history=16", "pplug.query=16", "pplug.temperature=0.1")
 PLACES = "harbour lighthouse pier ferry market tower bridge garden mill quay".split()
 MOODS = "calm stormy bright foggy".split()
 

@@ -38,6 +38,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of many texts at once."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def template_of(tokenizer: Tokenizer) -> Template:
     """The template whose special tokens the tokeniser has: ChatML (Qwen, SmolLM) or Llama 3's headers.
 

@@ -24,7 +24,7 @@ from qaperso import arrays
 from qaperso.data.features import normalise
 from qaperso.data.history import Item, exchanges, items, profile
 from qaperso.data.store import Store
-from qaperso.data.text import encode
+from qaperso.data.text import encode_all
 from qaperso.data.vectors import Rows, Vectors
 from qaperso.methods import Setting, base
 from qaperso.methods.base import counts, embeddings, preface, remember, weights
@@ -48,15 +48,15 @@ def declare_plug(setting: Setting) -> Tree:
     Raises:
       UserError: there is no such encoder.
     """
-    config, model = setting.config.pplug, setting.model
-    if not config.encoder:
+    pplug, model = setting.config.pplug, setting.model
+    if not pplug.encoder:
         return {}
-    if config.encoder == BASE:
+    if pplug.encoder == BASE:
         own, dim = plug.declare_bag(model.vocab, model.embed), model.embed
     else:
-        shape = _bert(config.encoder).config
+        shape = _bert(pplug.encoder).config
         own, dim = encoder.declare(shape), shape.embed
-    return {"plug": plug.declare(own, dim, model.embed, config.tokens)}
+    return {"plug": plug.declare(own, dim, model.embed, pplug.tokens)}
 
 
 def reads_history(setting: Setting) -> bool:
@@ -76,18 +76,18 @@ def soft(setting: Setting, params: Tree, inputs: Inputs) -> Float[Array, "B M P 
     """
     if not inputs.columns or "plug" not in params:
         return None
-    config, own = setting.config.pplug, params["plug"]
+    pplug, own = setting.config.pplug, params["plug"]
     b, m, length = inputs.columns["query"].shape
     tokens = jnp.asarray(inputs.columns["query"]).reshape(b * m, length)
     history = jnp.asarray(inputs.columns["history"], jnp.float32).reshape(b * m, *inputs.columns["history"].shape[2:])
     there, tokens = tokens >= 0, jnp.maximum(tokens, 0)
-    if config.encoder == BASE:
+    if pplug.encoder == BASE:
         query = plug.encode_bag(own["encoder"], tokens, there)
     else:
         # Normalised below, where a vector of 0 does no harm.
-        shape = dataclasses.replace(_bert(config.encoder).config, normalise=False)
+        shape = dataclasses.replace(_bert(pplug.encoder).config, normalise=False)
         query = encoder.encode(own["encoder"], tokens, there, shape)
-    found = plug.soft_tokens(own, plug.unit(query), history, config.temperature)
+    found = plug.soft_tokens(own, plug.unit(query), history, pplug.temperature)
     return (found * (setting.norm / setting.model.embed**0.5)).reshape(b, m, *found.shape[1:])
 
 
@@ -116,20 +116,19 @@ def loss(
 
 
 class Reader:
-    """The history vectors of a run, and what was told since; see `base.Reader`."""
+    """The history vectors of a run, and what was told since; see `base.Reader`. `pplug` is that section of the configuration."""
 
     def __init__(self, setting: Setting, store: Store, tokenizer: Any, table: Callable[[], np.ndarray]):
         """Embeds what `config.vectors` does not hold yet; arguments as of `base.reader`."""
-        config = setting.config.pplug
-        self._config, self._store = config, store
-        self.places = 1 + config.tokens
+        pplug = self.pplug = setting.config.pplug
+        self._store, self.places = store, 1 + pplug.tokens
         own = _texts(store)
-        if config.encoder == BASE:
-            bag = plug.bag(table(), functools.partial(encode, tokenizer), own)
+        if pplug.encoder == BASE:
+            bag = plug.bag(table(), functools.partial(encode_all, tokenizer), own)
             self._tokens, self._embed, self._params = bag.tokens, bag.embed, {"table": bag.table}
             identity, dim = bag.identity, bag.table.shape[1]
         else:
-            found = _bert(config.encoder)
+            found = _bert(pplug.encoder)
             self._tokens, self._embed = functools.partial(_token_ids, found), functools.partial(_vectors, found)
             self._params, identity, dim = found.params, _identity(found), found.config.embed
         self._vectors = Vectors(setting.config.vectors, identity, dim)
@@ -139,15 +138,15 @@ class Reader:
         self._later: dict[str, list[Dialogue]] = collections.defaultdict(list)
 
     def columns(self, dialogue: Dialogue) -> Mapping[str, Any]:
-        """The query's tokens int32[pplug.query], -1 behind its end, and the history's vectors [pplug.items, E]."""
-        told = items(self._store, dialogue, self._config.items, self._later.get(dialogue.querier, ()))
+        """The query's tokens int32[pplug.query], -1 behind its end, and the history's vectors [pplug.history, E]."""
+        told = items(self._store, dialogue, self.pplug.history, self._later.get(dialogue.querier, ()))
         rows = self._vectors.add([item_text(item) for item in told], self._embed)
-        query = np.full(self._config.query, -1, np.int32)
-        ids = self._tokens(asked(dialogue))
+        query = np.full(self.pplug.query, -1, np.int32)
+        (ids,) = self._tokens([asked(dialogue)])
         # The last token may be the encoder's own, which ends every text.
         ids = [*ids[: len(query) - 1], ids[-1]] if len(ids) > len(query) else ids
         query[: len(ids)] = ids
-        return {"query": query, "history": Rows(self._vectors, rows, self._config.items)}
+        return {"query": query, "history": Rows(self._vectors, rows, self.pplug.history)}
 
     def start(self, values: Tree) -> Tree:
         """The trainable copy starts as the frozen encoder."""
@@ -165,10 +164,10 @@ class Reader:
     def summary(self) -> str:
         """How many vectors there are, and what a querier's take."""
         pairs = {(d.responder, d.querier): d for d in self._store.dialogues if d.split == "train"}
-        number = [len(items(self._store, d, self._config.items)) for d in pairs.values()]
+        number = [len(items(self._store, d, self.pplug.history)) for d in pairs.values()]
         size = self._vectors.dim * self._vectors.table.itemsize
         return (
-            f"history: {len(self._vectors):,} vectors of {self._vectors.dim} by '{self._config.encoder}', {self._made:,} of them "
+            f"history: {len(self._vectors):,} vectors of {self._vectors.dim} by '{self.pplug.encoder}', {self._made:,} of them "
             f"new; {np.mean(number):.1f} items and {np.mean(number) * size:,.0f} bytes a querier and responder, at most "
             f"{max(number) * size:,}"
         )
@@ -202,8 +201,8 @@ def _texts(store: Store) -> list[str]:
     return list(dict.fromkeys(text for texts in found.values() for text in texts))
 
 
-def _token_ids(found: encoder.Encoder, text: str) -> list[int]:
-    return found.tokenizer.encode(text.lower() if found.config.lower else text).ids
+def _token_ids(found: encoder.Encoder, texts: Sequence[str]) -> list[list[int]]:
+    return [e.ids for e in found.tokenizer.encode_batch([t.lower() if found.config.lower else t for t in texts])]
 
 
 def _vectors(found: encoder.Encoder, texts: Sequence[str]) -> np.ndarray:

@@ -44,11 +44,11 @@ class Bag:
 
     Attributes:
       table: float32[V, E].
-      tokens: token ids of a text.
+      tokens: token ids of each of some texts.
     """
 
     table: np.ndarray
-    tokens: Callable[[str], Sequence[int]]
+    tokens: Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
     @property
     def identity(self) -> str:
@@ -58,22 +58,22 @@ class Bag:
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors, float32[n, E]; 0 for a text without tokens."""
         result = np.zeros((len(texts), self.table.shape[1]), np.float32)
-        for i, text in enumerate(texts):
-            result[i] = self.table[np.array(self.tokens(text), int)].sum(0)
+        for i, ids in enumerate(self.tokens(texts)):
+            result[i] = self.table[np.array(ids, int)].sum(0)
         return normalise(result)
 
 
-def bag(table: np.ndarray, tokens: Callable[[str], Sequence[int]], texts: Sequence[str]) -> Bag:
+def bag(table: np.ndarray, tokens: Callable[[Sequence[str]], Sequence[Sequence[int]]], texts: Sequence[str]) -> Bag:
     """A bag of tokens.
 
     Args:
       table: the language model's token embeddings, float32[V, E].
-      tokens: its token ids of a text.
+      tokens: its token ids of each of some texts.
       texts: whose words are counted.
     """
     count = np.zeros(len(table))
-    for text in texts:
-        count[np.unique(np.array(tokens(text), int))] += 1
+    for ids in tokens(texts):
+        count[np.unique(np.array(ids, int))] += 1
     weight = 1 + np.log((1 + len(texts)) / (1 + count))
     return Bag(((table - table.mean(0)) * weight[:, None]).astype(np.float32), tokens)
 
