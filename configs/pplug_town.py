@@ -16,6 +16,6 @@ def get_config():
     c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 10, 96, 64, 2
     c.batch.queriers = 0  # nothing is contrasted: plain shuffling
     c.optimizer.lr, c.optimizer.warmup = 3e-3, 30
-    c.steps = 600
-    c.checkpoint_every = 150
+    c.steps = 400
+    c.checkpoint_every = 100
     return c
