@@ -141,7 +141,7 @@ def test_lamp_s_tasks_from_files_to_metrics(tmp_path: Path) -> None:
     write_base(tmp_path / "base")
     data, folder = tmp_path / "data", tmp_path / "run"
     code, out, err = call(
-        prepare.main, "--input", tmp_path / "lamp", "--output", data, "--clusters", "1", "--duplicates", 0
+        prepare.main, "--input", tmp_path / "lamp", "--output", data, "--clusters", "1", "--duplicates", 0, "--test", 0
     )
     assert code == 0, err
     keys = ("data.format=prepared", f"data.path={data}", "data.clusters=0", f"base={tmp_path / 'base'}")
