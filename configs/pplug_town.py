@@ -11,11 +11,11 @@ def get_config():
     c.data.names = "masked"
     c.pplug.encoder = "base"  # nothing to download
     c.pplug.history, c.pplug.query = 128, 32
-    c.pplug.tokens = 4
-    c.pplug.temperature = 0.1
+    c.pplug.tokens = 8
+    c.pplug.temperature = 0.05
     c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues = 10, 96, 64, 2
     c.batch.queriers = 0  # nothing is contrasted: plain shuffling
-    c.optimizer.lr, c.optimizer.warmup = 3e-3, 30
-    c.steps = 400
-    c.checkpoint_every = 100
+    c.optimizer.lr, c.optimizer.warmup = 6e-3, 30
+    c.steps = 900
+    c.checkpoint_every = 300
     return c
