@@ -109,13 +109,13 @@ def profile(store: Store, dialogue: Dialogue) -> Sequence[dict[str, Any]]:
 
 def _profile(dialogue: Dialogue) -> list[dict[str, Any]] | None:
     """None where `fields["history"]` is no list of queries and replies: other data may use the name for something else."""
-
-    def is_item(entry: Any) -> bool:
-        texts = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("query", "reply"))
-        return texts and isinstance(entry.get("time"), float | int | None)
-
     found = dialogue.fields.get("history")
-    return found if isinstance(found, list) and all(map(is_item, found)) else None
+    return found if isinstance(found, list) and all(map(_is_item, found)) else None
+
+
+def _is_item(entry: Any) -> bool:
+    texts = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("query", "reply"))
+    return texts and isinstance(entry.get("time"), float | int | None)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
