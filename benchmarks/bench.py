@@ -20,7 +20,7 @@ import common
 from common import HERE, Ratio
 from rich.console import Console
 
-SCRIPTS = ("train", "layout", "scaling", "pipeline", "contrast", "checkpoint", "generation")
+SCRIPTS = ("train", "layout", "scaling", "pipeline", "contrast", "checkpoint", "generation", "history")
 # Those that take data sets.
 WITH_DATA = ("layout", "pipeline")
 

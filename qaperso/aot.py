@@ -168,7 +168,7 @@ def generate_programs(setting: Setting, mesh: Mesh) -> dict[str, Program]:
     tokens = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     return {
         "decode": Program(generate.advance, (weights, slots, tokens), {"config": model}),
-        "prefill": Program(generate.prefill, (weights, inputs, own if rows else None), {"config": model}),
+        "prefill": Program(generate.prefill, (weights, inputs, own if rows else None, None), {"config": model}),
     }
 
 

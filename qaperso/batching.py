@@ -40,7 +40,7 @@ class Model:
     Attributes:
       run: without its base.
       weights: of the decoder, see `inference.prepare`.
-      trained: the trained parameters that requests look things up in (querier rows); no base, no LoRA.
+      trained: the trained parameters that requests are worked on by (querier rows, PPlug's embedder); no base, no LoRA.
     """
 
     run: Run
@@ -90,9 +90,11 @@ def arrange(trainable: Tree, base: Tree, *, setting: Setting, method: ModuleType
 
 
 @functools.partial(jax.jit, static_argnames=("setting", "method"))
-def _querier_rows(trained: Tree, inputs: Inputs, *, setting: Setting, method: ModuleType) -> Any:
+def _added(trained: Tree, inputs: Inputs, *, setting: Setting, method: ModuleType) -> tuple[Any, Any]:
+    """Querier rows [n, S, D] and soft tokens [n, P, D] of one prompt a row; None where the method has none."""
     # The rest of what the method adds is in the weights already, and not computed here.
-    return method.condition(setting, trained, inputs).rows
+    adapters = method.condition(setting, trained, inputs)
+    return adapters.rows, None if adapters.soft is None else adapters.soft[:, 0]
 
 
 def request(model: Model, prompts: Sequence[Encoded], rows: Sequence[int], samplings: Sequence[Sampling]) -> Request:
@@ -102,13 +104,15 @@ def request(model: Model, prompts: Sequence[Encoded], rows: Sequence[int], sampl
     if run.config.compat == "paper":
         attend = inputs.attend & (inputs.tokens != run.setting.model.eos_ids[0])
         inputs = inputs.replace(attend=attend, position=paper.generation_positions(attend))
+    rows, soft = _added(model.trained, inputs, setting=run.setting, method=run.method)
     return Request(
-        inputs,
-        _querier_rows(model.trained, inputs, setting=run.setting, method=run.method),
+        inputs.replace(columns={}),  # what they were for is done
+        rows,
         limit=np.array([s.new_tokens for s in samplings], np.int32),
         temperature=np.array([s.temperature for s in samplings], np.float32),
         top_p=np.array([s.top_p for s in samplings], np.float32),
         seed=np.array([s.seed % 2**32 for s in samplings], np.uint32),
+        soft=soft,
     )
 
 
@@ -222,7 +226,7 @@ class Batcher:
         model = self.model
         config = model.run.setting.model
         asked = request(model, [j.prompt for j in jobs], [j.row for j in jobs], [j.sampling for j in jobs])
-        cache = generate.prefill(model.weights, asked.inputs, asked.rows, config=config)
+        cache = generate.prefill(model.weights, asked.inputs, asked.rows, asked.soft, config=config)
         if self._slots is None:
             fixed = dict(config=config, count=self._count, length=length, rows=asked.rows is not None)
             self._slots = generate.empty_slots(model.weights, **fixed)

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from qaperso.errors import UserError, nearest
 
 # Keys that may differ between a run and its resumption: they change no number that training computes.
-OPERATIONAL = ("checkpoint_every", "log_every", "keep_latest", "keep_best", "peak_flops", "mesh", "sharding")
+OPERATIONAL = ("checkpoint_every", "log_every", "keep_latest", "keep_best", "peak_flops", "mesh", "sharding", "vectors")
 CHOICES = {
     "compat": ("", "paper"),
     "dtype": ("float32", "bfloat16"),
@@ -37,6 +37,7 @@ POSITIVE = (
     *("qar.rank", "qar.head_dim", "qar.bank_size", "qar.temperature", "data.per_pair", "data.count"),
     *("optimizer.lr", "optimizer.clip", "generate.max_new_tokens", "prompts.examples", "prompts.tokens"),
     *("dpl.representatives", "dpl.words", "dpl.new_tokens"),
+    *("pplug.history", "pplug.query", "pplug.tokens", "pplug.temperature"),
 )
 NOT_NEGATIVE = (
     *(
@@ -52,7 +53,7 @@ NOT_NEGATIVE = (
     ),
     *("optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "generate.temperature", "peak_flops"),
 )
-SHARES = ("lora.dropout", "qar.drop_row")
+SHARES = ("lora.dropout", "qar.drop_row", "pplug.dropout")
 
 
 def default() -> ConfigDict:
@@ -112,6 +113,18 @@ def default() -> ConfigDict:
             new_tokens=160,  # of an answer that the base writes at most
         )
     )
+    # Soft tokens from the querier's history (methods pplug, qar).
+    c.pplug = ConfigDict(
+        dict(
+            encoder="",  # "base" = the base's own token embeddings; else a sentence encoder's folder, package:NAME/FILE or Hub name
+            history=512,  # items, the most recent
+            query=128,  # tokens of a query that are read
+            tokens=1,  # soft tokens that the history becomes; one more is the instruction's
+            temperature=1.0,  # of the weights of items
+            dropout=0.5,  # of items in training, at most
+        )
+    )
+    c.vectors = ""  # folder that keeps vectors of history from run to run; "" = made anew whenever a run is opened
     c.optimizer = ConfigDict(dict(lr=1e-3, warmup=20, final=0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0))
     c.generate = ConfigDict(dict(max_new_tokens=64, temperature=0.0, top_p=1.0))
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
@@ -259,6 +272,17 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"config.sharding holds {rule!r}, expected pairs of a regex and a mesh axis")
     if config.method in ("prompts", "dpl") and (config.compat or config.trainable != "adapters"):
         raise UserError(f"config.method='{config.method}' needs compat='' and trainable='adapters': it trains nothing")
+    if config.pplug.encoder and (
+        config.method not in ("pplug", "qar") or config.compat or config.trainable != "adapters"
+    ):
+        raise UserError(
+            f"config.pplug.encoder is '{config.pplug.encoder}', which needs method='pplug' or 'qar', compat='' and "
+            "trainable='adapters'; set it to ''"
+        )
+    if config.method == "pplug" and not config.pplug.encoder:
+        raise UserError(
+            "config.method='pplug' needs config.pplug.encoder: 'base', or a sentence encoder's folder or Hub name"
+        )
     if config.compat == "paper" and (config.qar.contrast, config.batch.dialogues) != ("prototypes", 1):
         raise UserError("config.compat='paper' needs qar.contrast='prototypes' and batch.dialogues=1, as published")
 

@@ -104,7 +104,7 @@ def encode(run: Run, dialogues: Sequence[Dialogue]) -> tuple[list[Example], int]
         # What the contrast reads is not there.
         ids = dict(querier=STRANGER, responder=number[d.responder], cluster=0, text=i, label=-1, index=i)
         for e in run.encode(d):
-            examples.append(Example(e.tokens, e.role, e.predicted, **ids, cut=e.cut))
+            examples.append(Example(e.tokens, e.role, e.predicted, **ids, cut=e.cut, columns=e.columns))
             replies -= e.replies
     return examples, replies
 
@@ -136,6 +136,9 @@ def enrol(run: Run, trainable: Tree, step: int, name: str, dialogues: Sequence[D
         # Each dialogue sees the others as its history.
         registry = run.registry.called(row, name)
         run = dataclasses.replace(run, store=people.with_history(run.store, registry, [person]))
+        if run.reader:
+            for dialogue in person.dialogues:
+                run.reader.add(dialogue)
     learned, unheard = hold_out(person.dialogues) if fitted else (person.dialogues, [])
     examples, left_out = encode(run, learned)
     found: dict[str, Any] = {"learned": len(learned), "held_out": len(unheard), "left_out": left_out}

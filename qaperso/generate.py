@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt
 
 from qaperso.arrays import BATCH_AXES
+from qaperso.data.batches import columns_of
 from qaperso.data.text import Encoded
 from qaperso.models import decoder, inference
 from qaperso.models.config import DecoderConfig
@@ -75,7 +76,7 @@ class Slots:
 
 @flax.struct.dataclass
 class Request:
-    """What prompts and their requests put into slots; n of them, [n] or [n, ...] each, host arrays but for `rows`."""
+    """What prompts and their requests put into slots; n of them, [n] or [n, ...] each, host arrays but for `rows` and `soft`."""
 
     inputs: Inputs
     rows: Any  # float[n, S, D] or None
@@ -83,6 +84,7 @@ class Request:
     temperature: Any
     top_p: Any
     seed: Any
+    soft: Any = None  # float[n, P, D] or None
 
 
 def pad(prompts: Sequence[Encoded], rows: Sequence[int], length: int) -> Inputs:
@@ -108,6 +110,7 @@ def pad(prompts: Sequence[Encoded], rows: Sequence[int], length: int) -> Inputs:
         responder=zeros,
         cluster=zeros,
         present=np.ones((b, 1), bool),
+        columns=columns_of([[p.columns] for p in prompts], b, 1),
     )
 
 
@@ -208,10 +211,10 @@ def resize(slots: Slots, *, length: int) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def prefill(weights: Tree, inputs: Inputs, rows: Any, *, config: DecoderConfig) -> Cache:
+def prefill(weights: Tree, inputs: Inputs, rows: Any, soft: Any = None, *, config: DecoderConfig) -> Cache:
     """Keys and values of padded prompts; their lengths do not matter, only that of the arrays."""
     mask = decoder.causal_mask(inputs.segment, inputs.attend)
-    _, cache = inference.prefill(weights, inputs.tokens, inputs.position, mask, rows, config)
+    _, cache = inference.prefill(weights, inputs.tokens, inputs.position, mask, rows, config, soft)
     return cache
 
 

@@ -27,11 +27,10 @@ from qaperso.data.batches import sequential
 from qaperso.data.store import Registry
 from qaperso.errors import UserError
 from qaperso.mesh import put_batch
-from qaperso.methods import Setting
+from qaperso.methods import Setting, base
 from qaperso.models import decoder, lora, towers
 from qaperso.models.attention import segments
 from qaperso.models.decoder import Adapters
-from qaperso.models.linear import working
 from qaperso.people import table_of
 from qaperso.run import Run
 from qaperso.types import STRANGER, Batch, Example, Inputs
@@ -214,7 +213,7 @@ def _general_stream(trainable: Tree, frozen: Tree, batch: Batch, *, setting: Set
     def cut(start: int, stop: int) -> tuple[Tree, Tree | None]:
         return jax.tree.map(lambda a: a[start:stop], (params["layers"], adapters.lora))
 
-    x = decoder.embed(params, batch.inputs.tokens, working(setting.config.dtype))
+    x = base.embedded(setting, params, batch.inputs, adapters)
     if adapters.specific is None:
         return _Kept(x, _predicting(x, batch)[:0])
     parting = _through(setting, cut(0, split), batch.inputs, x) if split else x

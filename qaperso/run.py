@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,7 @@ from qaperso.data.text import (
     Template,
     Tokenizer,
     encode_dialogue,
+    reserve,
     scored_turns,
     template_of,
     turn_size,
@@ -37,6 +38,7 @@ from qaperso.data.text import (
 from qaperso.errors import UserError
 from qaperso.mesh import make_mesh
 from qaperso.methods import Setting
+from qaperso.methods.base import Reader, open_reader
 from qaperso.models import base as bases
 from qaperso.models import decoder, hf, lora, shapes
 from qaperso.models import tokenizer as tokenizers
@@ -65,6 +67,7 @@ class Run:
       record: what `run.json` holds.
       store: the data whose history the method reads; None where it was opened without.
       people: who came after training; they are in `registry` and in `store` too.
+      reader: what the method looks dialogues up with; None where it looks nothing up.
     """
 
     workdir: Path
@@ -78,6 +81,7 @@ class Run:
     record: dict
     store: Store | None = None
     people: tuple[Person, ...] = ()
+    reader: Reader | None = None
 
     @property
     def config(self) -> Any:
@@ -102,8 +106,11 @@ class Run:
         self.annotate([store.dialogues[i] for i in store.split(split)[:limit]])
         return load.encode_split(store, store.split(split)[:limit], encode, self.shape, labels)
 
-    def encode(self, dialogue: Dialogue, labels: str = "reply") -> list[Encoded]:
-        """Tokens of a dialogue, with what the method puts before it, as sequences that fit a row each."""
+    def encode(self, dialogue: Dialogue, labels: str = "reply", past: Dialogue | None = None) -> list[Encoded]:
+        """Tokens of a dialogue, with what the method puts before it, as sequences that fit a row each.
+
+        `past` is the same words asked by somebody else, whose history the method then reads in place of the querier's.
+        """
         batch, data = self.config.batch, self.config.data
         turns, responder = dialogue.turns, dialogue.responder
         if self.config.compat == "paper":
@@ -111,42 +118,48 @@ class Run:
             fits = found is not None and found.predicted.sum() <= batch.targets
             return [dataclasses.replace(found, replies=1)] if fits else []
         asked = scored_turns(turns, responder, dialogue.replies, labels)
-        prefaces = [(self.preface(dialogue, i), i) for i in asked]
+        told = [(self.preface(past or dialogue, i), self.columns(past or dialogue, i), i) for i in asked]
         result = []
-        # Replies next to each other that see the same preface share sequences.
-        for preface, replies in itertools.groupby(prefaces, key=lambda p: p[0]):
-            group = [i for _, i in replies]
-            result += encode_dialogue(
+        # Replies next to each other that see the same preface and columns share sequences.
+        for _, parts in itertools.groupby(told, key=lambda t: (t[0], {k: c.tobytes() for k, c in t[1].items()})):
+            same = list(parts)
+            preface, columns, _ = same[0]
+            group = [i for *_, i in same]
+            sequences = encode_dialogue(
                 self.tokenizer,
                 self.template,
                 turns[: group[-1] + 1],
                 responder,
-                length=batch.length,
+                length=batch.length - self.places,
                 targets=batch.targets,
                 replies=group,
                 context=data.context,
                 names=data.names,
                 preface=preface,
             )
+            result += [reserve(e, self.places, columns) for e in sequences]
         return result
+
+    @property
+    def places(self) -> int:
+        """How many soft tokens stand before each dialogue's own tokens."""
+        return self.reader.places if self.reader else 0
 
     def preface(self, dialogue: Dialogue, reply: int = -1) -> tuple[Turn, ...]:
         """What the method puts before a dialogue of which turn number `reply` is asked for; that turn is blank."""
         size = functools.partial(turn_size, self.tokenizer, self.template)
-        return tuple(self.method.preface(self.setting, self.store, _blank(dialogue, reply), size))
+        return tuple(self.method.preface(self.setting, self.store, dialogue.until(reply), size))
 
     def annotate(self, dialogues: Sequence[Dialogue]) -> Counter[str]:
         """Has a language model asked at once what the prefaces of these dialogues need; counts, none by most methods."""
         if self.setting.notes is None:
             return Counter()
-        asked = [_blank(d, i) for d in dialogues for i in scored_turns(d.turns, d.responder, d.replies, "reply")]
+        asked = [d.until(i) for d in dialogues for i in scored_turns(d.turns, d.responder, d.replies, "reply")]
         return self.method.annotate(self.setting, self.store, asked)
 
-
-def _blank(dialogue: Dialogue, reply: int) -> Dialogue:
-    """A dialogue up to one of its replies, which is blank."""
-    turns = (*dialogue.turns[:reply], Turn(dialogue.responder, ""))
-    return dataclasses.replace(dialogue, turns=turns, replies=())
+    def columns(self, dialogue: Dialogue, reply: int = -1) -> Mapping[str, Any]:
+        """What the method looks up for turn number `reply` of a dialogue, which is blank; see `types.Example`."""
+        return self.reader.columns(dialogue.until(reply)) if self.reader else {}
 
 
 def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
@@ -180,7 +193,10 @@ def new_run(config: Any, workdir: Path) -> tuple[Run, Store]:
     base, digest = load_base(config, location, model, mesh)
     path = str(location.path.resolve()) if location.path else ""
     record["base"] = {"name": config.base, "path": path, "sha256": digest}
-    return Run(workdir, setting, method, mesh, store.registry, tokenizer, template, base, record, store), store
+    setting, reader = open_reader(setting, method, store, tokenizer, base, mesh)
+    return Run(
+        workdir, setting, method, mesh, store.registry, tokenizer, template, base, record, store, reader=reader
+    ), store
 
 
 def open_run(workdir: Path, enrolled: bool = True) -> Run:
@@ -214,8 +230,9 @@ def open_run(workdir: Path, enrolled: bool = True) -> Run:
     store = None
     if method.reads_history(setting):
         store = people.with_history(_store_again(workdir, config, record), registry, later)
+    setting, reader = open_reader(setting, method, store, tokenizer, base, mesh)
     template = template_of(tokenizer)
-    return Run(workdir, setting, method, mesh, registry, tokenizer, template, base, record, store, later)
+    return Run(workdir, setting, method, mesh, registry, tokenizer, template, base, record, store, later, reader)
 
 
 def _store_again(workdir: Path, config: Any, record: dict) -> Store:
@@ -266,6 +283,8 @@ def initialise(run: Run) -> tuple[Tree, Tree]:
     key = jax.random.key(run.config.seed)
     place = functools.partial(arrays.shardings, mesh=run.mesh, rules=run.config.sharding)
     values = jax.jit(lambda k: arrays.initialise(own, k), out_shardings=place(own))(key)
+    if run.reader:
+        values = run.reader.start(values)
     if "base" in trainable:
         location = bases.locate(run.config.base)
         values["base"] = load_weights(location, run.setting.model, jnp.float32, run.mesh, run.config)
@@ -314,9 +333,10 @@ def load_weights(location: Location, model: DecoderConfig, dtype: Any, mesh: Mes
         return hf.load_params(location, model, dtype, place)
     earlier = open_run(location.path)
     trainable, _, _ = restore(earlier)
-    if "tower" in trainable:
+    if trainable.keys() & {"tower", "plug"}:
         raise UserError(
-            f"config.base '{location.path}' is a run with two towers or querier rows, which no single decoder can replace"
+            f"config.base '{location.path}' is a run with two towers, querier rows or a user embedder, which no single "
+            "decoder can replace"
         )
     params = earlier.params_of(trainable)
     if "lora" in trainable:

@@ -233,8 +233,8 @@ def step_flops(trainable: Tree, base: Tree) -> tuple[float, float]:
     """Model FLOPs of a training step, for each token and for each prediction.
 
     2 a kernel's entry forward and 2 backward through activations, 2 more for the gradient of a trained one. The output
-    table, tied or not, works where something is predicted only; look-ups, the contrast's heads and attention's scores
-    count nothing, and what is recomputed or applied by two towers counts once.
+    table, tied or not, works where something is predicted only; look-ups, the contrast's heads, PPlug's embedder and
+    attention's scores count nothing, and what is recomputed or applied by two towers counts once.
     """
     frozen, trained = arrays.flat(base), arrays.flat(trainable)
     last = {name: name.rsplit("/", 1)[-1] for name in (*frozen, *trained)}
@@ -244,6 +244,6 @@ def step_flops(trainable: Tree, base: Tree) -> tuple[float, float]:
         for name, x in leaves.items():
             if last[name] == output:
                 prediction += each * math.prod(x.shape)
-            elif last[name] not in ("embed", "rows") and not name.startswith("heads/"):
+            elif last[name] not in ("embed", "rows") and not name.startswith(("heads/", "plug/")):
                 token += each * math.prod(x.shape)
     return token, prediction

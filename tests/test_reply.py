@@ -150,7 +150,7 @@ def test_side_by_side_shows_text_as_it_is(
         return [f"[/b] to {d.querier}" for d in dialogues]
 
     monkeypatch.setattr(reply, "replies", replies)
-    chat.answer_all(model, names, "is it [red] bread?", "maren", SHORT)
+    chat.answer_all(model, {name: model.run.registry.row(name) for name in names}, "is it [red] bread?", "maren", SHORT)
     out = capsys.readouterr().out
     assert rows == [1, 2] and "is it [red] bread?" in out
     assert all(f"[/b] to {name}" in out for name in names)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import jax
@@ -29,6 +30,7 @@ def make_examples(store: Store, encoded: Sequence[Sequence[Encoded]], indices: n
             int(store.label[i]),
             int(i),
             e.cut,
+            e.columns,
         )
         for i, sequences in zip(indices, encoded, strict=True)
         for e in sequences
@@ -41,6 +43,23 @@ def dropped_groups(seed: int, epoch: int, count: int, rate: float) -> np.ndarray
     Whole groups, since only dialogues without a row are contrasted: dropped one by one, few would meet their partners.
     """
     return np.random.default_rng([seed, epoch, 1]).random(count) < rate
+
+
+def columns_of(rows: Sequence[Sequence[Mapping[str, Any]]], b: int, m: int) -> dict[str, np.ndarray]:
+    """What was looked up for the dialogues of each row as arrays [b, m, ...]; 0 where there is no dialogue.
+
+    Args:
+      rows: for each dialogue what `types.Example` calls columns; all have the same names and shapes.
+      b: number of rows, at least as many as are given.
+      m: dialogues a row, at least as many as there are.
+    """
+    first = next((columns for row in rows for columns in row), {})
+    whole = {name: np.zeros((b, m, *one.shape), one.dtype) for name, one in first.items()}
+    for r, row in enumerate(rows):
+        for k, columns in enumerate(row):
+            for name, one in columns.items():
+                whole[name][r, k] = np.asarray(one)
+    return whole
 
 
 def make_batch(
@@ -85,7 +104,8 @@ def make_batch(
                 contrasted[r, k], label[r, k] = e.querier, e.label
             start, used = start + len(e), used + len(predicted)
     text = each.pop("text")
-    inputs = Inputs(**grid, **each, attend=grid["segment"] > 0, present=present)
+    columns = columns_of([[e.columns for e in row] for row in rows], b, m)
+    inputs = Inputs(**grid, **each, attend=grid["segment"] > 0, present=present, columns=columns)
     comparison = None
     if contrast != "none":
         keys = {"querier": contrasted, "responder": inputs.responder, "cluster": inputs.cluster, "text": text}

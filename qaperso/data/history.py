@@ -5,7 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from typing import Literal, get_args
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -77,15 +79,80 @@ def exchanges(dialogue: Dialogue) -> list[tuple[Turn, Turn]]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """Something a querier asked before and was answered; a profile's item may have no query."""
+
+    query: str
+    reply: str
+    time: float | None = None
+
+
+def items(store: Store, dialogue: Dialogue, limit: int, later: Sequence[Dialogue] = ()) -> list[Item]:
+    """The most recent of what a querier asked before (ours), under the rules of `history`.
+
+    It is what the pair said to each other; where they never did, what the querier said to anybody. A profile that the data
+    give with their records (`fields["history"]`, see `formats.lamp`) belongs to it: a record's own, or that of the
+    querier's training records where the record has none or somebody else is said to ask.
+
+    Args:
+      store: of the run.
+      dialogue: see `history`.
+      limit: at most so many.
+      later: dialogues of the querier that took place after the data were made, in order.
+
+    Returns:
+      Items, oldest first; those without a time come first.
+    """
+    found: list[Item] = []
+    for by in ("pair", "querier"):
+        if not found:
+            for i in reversed(history(store, dialogue, by)):
+                if len(found) >= limit:
+                    break
+                found += [
+                    Item(q.text, r.text, store.dialogues[i].time) for q, r in reversed(exchanges(store.dialogues[i]))
+                ]
+    given = [Item(entry["query"], entry["reply"], entry.get("time")) for entry in profile(store, dialogue)]
+    added = [Item(q.text, r.text, d.time) for d in later if d.group != dialogue.group for q, r in exchanges(d)]
+    # What has no time is older than what has one, but for what was added: that is the most recent.
+    told = [(-math.inf if item.time is None else item.time, item) for item in (*given, *reversed(found))]
+    told += [(math.inf if item.time is None else item.time, item) for item in added]
+    if dialogue.time is not None:
+        told = [(when, item) for when, item in told if item.time is None or item.time < dialogue.time]
+    return [item for _, item in sorted(told, key=lambda pair: pair[0])][-limit:]
+
+
+def profile(store: Store, dialogue: Dialogue) -> Sequence[dict[str, Any]]:
+    """The profile that the data give for a dialogue's querier, `{"query", "reply", "time"?}` each; see `items`."""
+    index = _index(store)
+    own = _profile(dialogue) if index.querier.get(dialogue.id, dialogue.querier) == dialogue.querier else None
+    return index.profiles.get(dialogue.querier, ()) if own is None else own
+
+
+def _profile(dialogue: Dialogue) -> list[dict[str, Any]] | None:
+    """None where `fields["history"]` is no list of queries and replies: other data may use the name for something else."""
+    found = dialogue.fields.get("history")
+    return found if isinstance(found, list) and all(map(_is_item, found)) else None
+
+
+def _is_item(entry: Any) -> bool:
+    texts = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("query", "reply"))
+    return texts and isinstance(entry.get("time"), float | int | None)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Index:
-    """members: training records of each key, in order; group, time: of each record; cluster: of each id."""
+    """members: training records of each key, in order; group, time: of each record; cluster, querier: of each id;
+    profiles: of each querier, from the last training record that has one."""
 
     members: dict[Key, np.ndarray]
     groups: dict[str, int]
     group: np.ndarray
     time: np.ndarray
     cluster: dict[str, int]
+    querier: dict[str, str]
+    profiles: dict[str, list[dict[str, Any]]]
 
 
 # Of the few stores that a process has open, so that a look costs what it finds and not what there is.
@@ -96,6 +163,7 @@ def _index(store: Store) -> _Index:
     groups: dict[str, int] = {}
     group = np.array([groups.setdefault(d.group, len(groups)) for d in dialogues], np.int64)
     members: dict[Key, list[int]] = collections.defaultdict(list)
+    profiles: dict[str, list[dict[str, Any]]] = {}
     # What has no time counts as older than what has one: the end of a history is what is known to be recent.
     for i in np.argsort(np.where(np.isnan(time), -np.inf, time), kind="stable").tolist():
         if dialogues[i].split == "train":
@@ -103,8 +171,12 @@ def _index(store: Store) -> _Index:
                 key = _key(by, dialogues[i], int(store.cluster[i]))
                 if key is not None:
                     members[key].append(i)
+            if (own := _profile(dialogues[i])) is not None:
+                profiles[dialogues[i].querier] = own
     cluster = {d.id: int(c) for d, c in zip(dialogues, store.cluster, strict=True)}
-    return _Index({key: np.array(own, np.int64) for key, own in members.items()}, groups, group, time, cluster)
+    querier = {d.id: d.querier for d in dialogues}
+    arrays = {key: np.array(own, np.int64) for key, own in members.items()}
+    return _Index(arrays, groups, group, time, cluster, querier, profiles)
 
 
 def _key(by: By, dialogue: Dialogue, cluster: int) -> Key | None:

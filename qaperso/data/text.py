@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,13 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of many texts at once."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
 def template_of(tokenizer: Tokenizer) -> Template:
     """The template whose special tokens the tokeniser has: ChatML (Qwen, SmolLM) or Llama 3's headers.
 
@@ -63,7 +70,8 @@ class Encoded:
     """Tokens, role and label flags of a sequence or of a prompt; int32[n], int32[n], bool[n].
 
     `cut` counts the dialogue's tokens that stand in none of its sequences (told by the first of them) and those that this
-    one lacks of its preface, `replies` the replies that this one predicts.
+    one lacks of its preface, `replies` the replies that this one predicts. `columns` is what its method looked up, see
+    `types.Example`.
     """
 
     tokens: np.ndarray
@@ -71,6 +79,7 @@ class Encoded:
     predicted: np.ndarray
     cut: int = 0
     replies: int = 0
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def called(speaker: str, role: int, names: str) -> str:
@@ -270,6 +279,22 @@ def encode_prompt(
     (e,) = whole
     keep = len(e.tokens) - len(template.end) - len(template.after)
     return Encoded(e.tokens[:keep], e.role[:keep], np.zeros(keep, bool), e.cut)
+
+
+def reserve(e: Encoded, places: int, columns: Mapping[str, Any]) -> Encoded:
+    """The sequence behind `places` positions for soft tokens, with what they are made from.
+
+    The positions are template: no label and nobody's words. Their token ids (0) are never read: soft tokens stand there
+    instead of embeddings, see `decoder.place`.
+    """
+    front = np.zeros(places, np.int32)
+    return dataclasses.replace(
+        e,
+        tokens=np.concatenate([front, e.tokens]),
+        role=np.concatenate([np.full(places, TEMPLATE, np.int32), e.role]),
+        predicted=np.concatenate([front.astype(bool), e.predicted]),
+        columns=columns,
+    )
 
 
 def _pack_pieces(pieces: Sequence[list[tuple]], cut: int, replies: int) -> Encoded:

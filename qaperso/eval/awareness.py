@@ -57,12 +57,14 @@ class Asked:
         with them.
       row: the querier row that is told.
       masked: whether speakers are called "user" and "assistant" instead.
+      past: the same words asked by somebody else, whose history alone is told; None = the history goes with the names.
     """
 
     index: int
     dialogue: Dialogue
     row: int
     masked: bool = False
+    past: Dialogue | None = None
 
 
 # NLL of replies in nats and their numbers of tokens, float64[n] each; 0 and 0 where a reply does not fit a row.
@@ -90,17 +92,28 @@ def measure(run: Run, trainable: Tree, store: Store, split: str, every: bool = T
     Raises:
       UserError: the split has no dialogue, or none fits a row.
     """
-    return gaps(store, split, likelihoods(run, trainable, store), has_rows(run, trainable), every=every)
+    history = run.method.reads_history(run.setting)
+    return gaps(
+        store, split, likelihoods(run, trainable, store), has_rows(run, trainable), every=every, history=history
+    )
 
 
 def gaps(
-    store: Store, split: str, score: Score, rows: bool, seed: int = 0, level: float = LEVEL, every: bool = True
+    store: Store,
+    split: str,
+    score: Score,
+    rows: bool,
+    seed: int = 0,
+    level: float = LEVEL,
+    every: bool = True,
+    history: bool = False,
 ) -> Awareness:
     """How much worse, in nats per token, the true reply becomes when it is not the true querier who is said to ask.
 
     `reply_nll` is the true reply's NLL per token and `swap_gap` how much one random other querier of the responder (name
-    and row) adds to it, both over all tokens with intervals from resampling groups. The others are means over queriers of
-    each one's nats per token, with intervals that resample queriers and groups, all over the same replies:
+    and row) adds to it, both over all tokens with intervals from resampling groups. So is `history_gap`, only where the
+    method reads history: what the history of that other querier adds under the true name and row. The others are means over
+    queriers of each one's nats per token, with intervals that resample queriers and groups, all over the same replies:
 
     - `gap_random`: a random other querier whom the responder answers in training; mean of DRAWS draws, the first of which
       is that of `swap_gap`;
@@ -121,7 +134,8 @@ def gaps(
       rows: whether the model has querier rows.
       seed: of the draws.
       level: of the intervals.
-      every: False = only the first two.
+      every: False = only `reply_nll`, `swap_gap` and `history_gap`.
+      history: whether the method reads history.
 
     Raises:
       UserError: the split has no dialogue, or none fits a row.
@@ -130,8 +144,9 @@ def gaps(
     if not len(indices):
         found = ", ".join(sorted({str(d.split) for d in store.dialogues}))
         raise UserError(f"the {split} split of the data has no dialogue to score; --split may be one of: {found}")
-    asked = conditions(store, indices, rows, seed)
-    asked = asked if every else {name: asked[name] for name in ("true", "random_0")}
+    asked = conditions(store, indices, rows, seed, history)
+    singly = {"swap_gap": "random_0"} | ({"history_gap": "history"} if history else {})
+    asked = asked if every else {name: asked[name] for name in ("true", *singly.values())}
     nll, counts = _table(asked, score)
     tokens, scored = counts["true"], counts["true"] > 0
     same = {name: scored & (counts[name] == tokens) for name in asked}
@@ -141,11 +156,12 @@ def gaps(
     unfit = f"no reply of the {split} split fits batch.length under all names; raise it"
     absent = {name: "the method has no querier rows" for name in ("gap_row", "gap_name") if not rows}
     scores = {"reply_nll": (nll["true"], tokens)}
-    # The first draw may fit where others do not: this gap is over as many replies as it can be.
-    if same["random_0"].any():
-        scores["swap_gap"] = (nll["random_0"] - nll["true"]) * same["random_0"], tokens * same["random_0"]
-    else:
-        absent["swap_gap"] = unfit if any(asked["random_0"]) else alone
+    # The first draw may fit where others do not: these gaps are over as many replies as they can be.
+    for name, part in singly.items():
+        if same[part].any():
+            scores[name] = (nll[part] - nll["true"]) * same[part], tokens * same[part]
+        else:
+            absent[name] = unfit if any(asked[part]) else alone
     if not any(asked.get("nearest", ())):
         absent = dict.fromkeys(SWAPS, alone) | absent
     names = [name for name in GAPS if name not in absent] if every else []
@@ -181,10 +197,12 @@ def _table(asked: dict[str, list[Asked | None]], score: Score) -> tuple[dict[str
     return dict(zip(asked, sums, strict=True)), dict(zip(asked, counts, strict=True))
 
 
-def conditions(store: Store, indices: np.ndarray, rows: bool, seed: int) -> dict[str, list[Asked | None]]:
+def conditions(
+    store: Store, indices: np.ndarray, rows: bool, seed: int, history: bool = False
+) -> dict[str, list[Asked | None]]:
     """Who is said to ask for the replies at `indices`, by condition; "true" comes first, None = nobody can be.
 
-    `rows`: whether a row and a name can be told apart from each other.
+    `rows`, `history`: whether a row, or a history, and a name can be told apart from each other.
     """
     dialogues = [store.dialogues[i] for i in indices]
 
@@ -201,8 +219,10 @@ def conditions(store: Store, indices: np.ndarray, rows: bool, seed: int) -> dict
     result["nearest"] = told(nearest(store, dialogues))
     result["masked"] = [Asked(a.index, rename(a.dialogue, STRANGER_NAME), STRANGER, masked=True) for a in true]
     result["renamed"] = [dataclasses.replace(a, dialogue=rename(a.dialogue, nobody)) for a in true]
+    pairs = list(zip(true, drawn[0], strict=True))
+    if history:
+        result["history"] = [dataclasses.replace(a, past=b.dialogue) if b else None for a, b in pairs]
     if rows:
-        pairs = list(zip(true, drawn[0], strict=True))
         result["row"] = [dataclasses.replace(a, row=b.row) if b else None for a, b in pairs]
         result["name"] = [dataclasses.replace(a, dialogue=b.dialogue) if b else None for a, b in pairs]
     return result
@@ -278,13 +298,13 @@ def newcomer(store: Store) -> str:
     return next(name for name in made if name not in said).capitalize()
 
 
-def encoder(run: Run, names: str) -> Callable[[Dialogue], list[Encoded]]:
-    """How the run tokenises dialogues whose names are "visible" or "masked", whatever its own `data.names` is."""
+def encoder(run: Run, names: str) -> Callable[..., list[Encoded]]:
+    """`run.encode` for names that are "visible" or "masked", whatever the run's own `data.names` is."""
     config = copy.deepcopy(run.config)
     config.data.names = names
     other = dataclasses.replace(run, setting=dataclasses.replace(run.setting, config=config))
     if config.compat == "paper" and names == "masked":  # the published layout shows speakers as they are called
-        return lambda dialogue: other.encode(_unnamed(dialogue))
+        return lambda dialogue, **more: other.encode(_unnamed(dialogue), **more)
     return other.encode
 
 
@@ -311,8 +331,8 @@ def likelihoods(run: Run, trainable: Tree, store: Store) -> Score:
         numbers = {key: getattr(store, key)[place] for key in ("responder", "cluster", "text", "label")}
         row = np.array([a.row for a in asked], np.int32)
         said = dataclasses.replace(store, dialogues=tuple(a.dialogue for a in asked), row=row, **numbers)
-        run.annotate([a.dialogue for a in asked])
-        encoded = [encoders[a.masked](a.dialogue) for a in asked]
+        run.annotate([a.past or a.dialogue for a in asked])
+        encoded = [encoders[a.masked](a.dialogue, past=a.past) for a in asked]
         examples = make_examples(said, encoded, np.arange(len(asked)))
         keys = [_key(e, rows) for e in examples]
         distinct = dict(zip(keys, examples, strict=True))
@@ -330,4 +350,5 @@ def _key(example: Example, rows: bool) -> tuple:
     """Equal for examples that are equal for the model."""
     arrays = (example.tokens, example.role, example.predicted)
     row = example.querier if rows else STRANGER
-    return (*(a.tobytes() for a in arrays), example.responder, example.cluster, row)
+    columns = (column.tobytes() for _, column in sorted(example.columns.items()))
+    return (*(a.tobytes() for a in arrays), *columns, example.responder, example.cluster, row)

@@ -188,4 +188,5 @@ def _example(run: Run, dialogue: Dialogue, index: int) -> list[Example]:
         label=-1,
         index=index,
     )
-    return [Example(e.tokens, e.role, e.predicted, **ids, cut=e.cut) for e in run.encode(dialogue)]
+    found = run.encode(dialogue)
+    return [Example(e.tokens, e.role, e.predicted, **ids, cut=e.cut, columns=e.columns) for e in found]

@@ -20,6 +20,8 @@ MEANING = {
     "reply_nll": "How unlikely the model finds the true replies, in nats per token (natural logarithm); lower is better.",
     "swap_gap": "How much less likely the true reply becomes when another querier is said to have asked, in nats per token; "
     "0 for a model that does not know who is asking, higher is better.",
+    "history_gap": "How much less likely the true reply becomes when another querier's history is read under the true name, in "
+    "nats per token; 0 for a model that makes nothing of history, higher is better.",
     "rouge_1": "Words shared with the true reply (F-measure, 0 to 1); higher is better.",
     "rouge_2": "Pairs of neighbouring words shared with the true reply (F-measure, 0 to 1); higher is better.",
     "rouge_l": "Longest sequence of words shared with the true reply (F-measure, 0 to 1); higher is better.",

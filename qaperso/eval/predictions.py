@@ -134,6 +134,8 @@ def _record(run: Run, store: Store, index: int, split: str, step: int, prompt: E
     digest = hashlib.sha256(f"{int(store.row[index])} {d.responder}\n".encode())
     for part in (prompt.tokens, prompt.role):
         digest.update(np.asarray(part, np.int32).tobytes())
+    for _, column in sorted(prompt.columns.items()):
+        digest.update(column.tobytes())
     return {
         "id": d.id,
         "split": split,

@@ -27,6 +27,7 @@ class Setting:
       clusters: number of query clusters.
       classes: {responder, querier, cluster: int32[C]}, the classes that occur in training.
       notes: what a language model answers; None where the method asks none (it has no `annotate`).
+      norm: mean Euclidean length of the base's token embeddings; measured where the method has soft tokens.
     """
 
     config: Any
@@ -34,6 +35,7 @@ class Setting:
     queriers: int
     clusters: int
     classes: dict[str, np.ndarray]
+    norm: float = 1.0
     notes: Notes | None = None
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qaperso import losses
@@ -45,6 +49,60 @@ def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Cal
     return ()
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """What a method looks things up with for each dialogue.
+
+    Attributes:
+      places: how many soft tokens stand before each dialogue's own.
+    """
+
+    places: int
+
+    def columns(self, dialogue: Dialogue) -> Mapping[str, Any]:
+        """What the step is to know of a dialogue whose last turn is the (blank) reply, see `types.Example`.
+
+        Of one shape and dtype by name, whatever the dialogue.
+        """
+
+    def start(self, values: Tree) -> Tree:
+        """First values of the trainable tree, where some are not those declared."""
+
+    def add(self, dialogue: Dialogue) -> None:
+        """Takes in a dialogue that took place since; it is history to whatever is asked from now on."""
+
+    def summary(self) -> str:
+        """One sentence on what is kept."""
+
+
+def reader(setting: Setting, store: Store | None, tokenizer: Any, table: Callable[[], np.ndarray]) -> Reader | None:
+    """What the run's dialogues are looked up with; None where the method looks nothing up.
+
+    Args:
+      setting: of the run.
+      store: the run's data, where `reads_history` says that they are needed.
+      tokenizer: of the base.
+      table: gives the base's token embeddings, float32[V, D].
+    """
+    return None
+
+
+def open_reader(
+    setting: Setting, method: ModuleType, store: Store | None, tokenizer: Any, base: Tree, mesh: Mesh
+) -> tuple[Setting, Reader | None]:
+    """A method's reader, and the setting with what soft tokens are measured by; see `reader` and `Setting`."""
+
+    def table() -> np.ndarray:
+        whole = NamedSharding(mesh, PartitionSpec())
+        return np.asarray(jax.jit(lambda x: x.astype(jnp.float32), out_shardings=whole)(base["embed"]))
+
+    found = method.reader(setting, store, tokenizer, table)
+    if found is None:
+        return setting, None
+    norm = jax.jit(lambda x: jnp.linalg.norm(x.astype(jnp.float32), axis=-1).mean())(base["embed"])
+    return dataclasses.replace(setting, norm=float(norm)), found
+
+
 def declare(setting: Setting) -> tuple[Tree, Tree]:
     """Declares the trainable tree and the memory tree (state that no gradient reaches).
 
@@ -63,12 +121,18 @@ def condition(setting: Setting, params: Tree, inputs: Inputs) -> Adapters:
     return Adapters(lora=lora.scaled(params["lora"], setting.config.lora.alpha, setting.config.lora.rank))
 
 
+def embedded(setting: Setting, base: Tree, inputs: Inputs, adapters: Adapters) -> Float[Array, "1 B S D"]:
+    """What the first layer reads: token embeddings, and soft tokens where the method has such."""
+    x = decoder.embed(base, inputs.tokens, working(setting.config.dtype))
+    return decoder.place(x, adapters.soft, inputs.segment, inputs.position)
+
+
 def states(
     setting: Setting, base: Tree, inputs: Inputs, adapters: Adapters, key: jax.Array | None = None
 ) -> Float[Array, "W B S D"]:
     """Last layer's states of each tower, before any final norm. A key switches dropout on."""
     config = setting.config
-    x = decoder.embed(base, inputs.tokens, working(config.dtype))
+    x = embedded(setting, base, inputs, adapters)
     seen = segments(inputs.segment, inputs.attend)
     kept = dict(remat=config.remat, dropout=config.lora.dropout, key=key)
     return decoder.run(base, x, inputs.position, seen, setting.model, adapters, **kept)

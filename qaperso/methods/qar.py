@@ -2,6 +2,9 @@
 
 With compat = "paper" the published numerics: towers averaged, no querier rows, empty prototypes as candidates, the
 contrastive loss clipped to [0, 10], and heads that a LoRA run never trains.
+
+Where `config.pplug.encoder` names an encoder, PPlug's soft tokens stand before each dialogue (ours; see `methods/pplug.py`). A
+stranger has no history: what is contrasted, and found again in retrieval, has seen neither row nor history.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from qaperso import losses
 from qaperso.data import contrast
 from qaperso.errors import UserError
-from qaperso.methods import Setting, base
-from qaperso.methods.base import preface, reads_history
+from qaperso.methods import Setting, base, pplug
+from qaperso.methods.base import preface
+from qaperso.methods.pplug import reader, reads_history
 from qaperso.models import towers
 from qaperso.models.decoder import Adapters
-from qaperso.types import Batch, Inputs
+from qaperso.types import STRANGER, Batch, Inputs
 
 Tree = Any
 PAPER_CLIP = 10.0
@@ -29,7 +33,7 @@ def declare(setting: Setting) -> tuple[Tree, Tree]:
     """LoRA (or the whole base), the specific tower, the heads; the prototype memory where the contrast uses one.
 
     Raises:
-      UserError: no layer is left for two towers.
+      UserError: no layer is left for two towers, or there is a history but no row to drop it with.
     """
     config, qar = setting.config, setting.config.qar
     paper = config.compat == "paper"
@@ -41,6 +45,13 @@ def declare(setting: Setting) -> tuple[Tree, Tree]:
             f"config.qar.split_layer={qar.split_layer} leaves no layer of the base's {setting.model.layers} with two "
             f"towers; it may be at most {setting.model.layers - 1}"
         )
+    if pplug.reads_history(setting):
+        if not queriers and qar.contrast != "none":
+            raise UserError(
+                "config.pplug.encoder with config.method='qar' needs qar.querier_embedding=True or qar.contrast='none': "
+                "an embedding that has seen the querier's history could satisfy the contrast by copying it"
+            )
+        params |= pplug.declare_plug(setting)
     params["tower"] = towers.declare(setting.model, layers=layers, rank=qar.rank, queriers=queriers, gated=not paper)
     if qar.contrast == "none":
         return params, memory
@@ -58,10 +69,19 @@ def declare(setting: Setting) -> tuple[Tree, Tree]:
 
 
 def condition(setting: Setting, params: Tree, inputs: Inputs) -> Adapters:
-    """The general tower's LoRA, the specific tower's MLPs and the row of each dialogue's querier."""
+    """The general tower's LoRA, the specific tower's MLPs, the row of each dialogue's querier, and PPlug's soft tokens."""
     tower = params["tower"]
     rows = towers.querier_rows(tower["rows"], inputs) if "rows" in tower else None
-    return base.condition(setting, params, inputs).replace(specific=tower["specific"], rows=rows)
+    soft = pplug.soft(setting, params, _without_strangers(inputs))
+    return base.condition(setting, params, inputs).replace(specific=tower["specific"], rows=rows, soft=soft)
+
+
+def _without_strangers(inputs: Inputs) -> Inputs:
+    """The inputs without the history of dialogues that have the stranger's row."""
+    if not inputs.columns:
+        return inputs
+    known = (jnp.asarray(inputs.querier) != STRANGER)[..., None, None]
+    return inputs.replace(columns={**inputs.columns, "history": jnp.where(known, inputs.columns["history"], 0)})
 
 
 def weights(setting: Setting) -> dict[str, float]:
@@ -88,6 +108,7 @@ def loss(
 ) -> tuple[dict[str, Float[Array, ""]], Tree]:
     """LM and contrast numerators; the views and classes that the memory is to hold."""
     qar = setting.config.qar
+    batch = batch.replace(inputs=pplug.forget(setting, batch.inputs, key))
     embedded = _pin_padding(setting, base_params) if setting.config.compat == "paper" else base_params
     hidden = base.states(setting, embedded, batch.inputs, condition(setting, params, batch.inputs), key)
     result = {"lm": base.token_losses(setting, params, base_params, batch, hidden).sum()}

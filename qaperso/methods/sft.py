@@ -7,6 +7,7 @@ from qaperso.methods.base import (
     embeddings,
     loss,
     preface,
+    reader,
     reads_history,
     remember,
     weights,

@@ -41,11 +41,13 @@ class Adapters:
       specific: the specific tower's MLPs of the last N layers, {gate [N, D, r], up [N, D, r], down [N, r, D]}; present =
         two towers in these.
       rows: float[B, S, D], added to the specific stream where the streams part; without one, to the embeddings.
+      soft: float[B, M, P, D], soft tokens: they stand in the place of the embeddings of each dialogue's first P tokens.
     """
 
     lora: Tree | None = None
     specific: Tree | None = None
     rows: Any | None = None
+    soft: Any | None = None
 
 
 def declare(config: DecoderConfig, dtype: Any = jnp.float32) -> Tree:
@@ -173,6 +175,29 @@ def layer(
 def embed(params: Tree, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "1 B S D"]:
     """Token embeddings, as one stream."""
     return unbits(bits(params["embed"])[tokens]).astype(dtype)[None]
+
+
+def place(
+    x: Float[Array, "1 B S D"],
+    soft: Float[Array, "B M P D"] | None,
+    segment: Int[Array, "B S"],
+    position: Int[Array, "B S"],
+) -> Float[Array, "1 B S D"]:
+    """The embeddings with a dialogue's soft tokens at its first P positions, which were reserved for them.
+
+    Args:
+      x: embeddings.
+      soft: of the m-th dialogue of each row; None = there are none.
+      segment: 1..M, 0 = padding.
+      position: within the dialogue.
+    """
+    if soft is None:
+        return x
+    b, m, p, d = soft.shape
+    index = jnp.clip((segment - 1) * p + position, 0, m * p - 1)
+    own = jnp.take_along_axis(soft.reshape(b, m * p, d), index[..., None], 1)
+    there = (segment > 0) & (position < p)
+    return jnp.where(there[None, :, :, None], own[None].astype(x.dtype), x)
 
 
 def enter(x: Float[Array, "1 B S D"], rows: Float[Array, "B S D"] | None) -> Float[Array, "1 B S D"]:

@@ -165,6 +165,7 @@ def prefill(
     mask: Bool[Array, "B S S"],
     rows: Float[Array, "B S D"] | None,
     config: DecoderConfig,
+    soft: Float[Array, "B P D"] | None = None,
 ) -> tuple[Float[Array, "W B S D"], Cache]:
     """Reads prompts.
 
@@ -174,12 +175,16 @@ def prefill(
       mask: which tokens each token may see, see `decoder.causal_mask`.
       rows: of the queriers, where the method has such.
       config: the decoder's shape.
+      soft: soft tokens for the first P places, where the method has such; one prompt a row then.
 
     Returns:
       Last layer's states of each tower before any final norm, and the keys and values of every layer.
     """
     tables = decoder.rope_tables(position, config)
-    x = _enter(weights, decoder.embed(weights, tokens, working(weights["embed"].dtype)), rows)
+    x = decoder.embed(weights, tokens, working(weights["embed"].dtype))
+    if soft is not None:
+        x = jnp.concatenate([soft[None].astype(x.dtype), x[:, :, soft.shape[1] :]], 2)
+    x = _enter(weights, x, rows)
     cache = []
     for one in weights["layers"]:
         x = decoder.part(x, rows) if count_towers(one) > x.shape[0] else x

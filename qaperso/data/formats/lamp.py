@@ -19,7 +19,8 @@ An input is a fixed instruction and the user's query; an item of the profile bec
 
 (instructions and keys: the paper's appendix and github.com/LaMP-Benchmark/LaMP, LaMP/prompts/prompts.py). In task 1
 nobody wrote an answer such as "[1]" before; the choice of title -> abstract (ours) makes past queries titles, as the
-query is. The news variant of task 2 is its first edition. In task 6 the benchmark gives names of files in place of
+query is. The instruction itself is put in words of ours, as the user would ask for it (`Task.wording`); references, labels
+and query stay as they are. The news variant of task 2 is its first edition. In task 6 the benchmark gives names of files in place of
 e-mails; its `create_avocado_dataset.py` fills them in from the Avocado collection, and only the result can be read.
 """
 
@@ -59,6 +60,8 @@ class Task:
       rest: a regular expression of what follows; its groups are the query.
       asks: the keys of a profile's item that are its query.
       writes: the key of what the user wrote.
+      wording: how a user asks for it here, with the query's parts by number and the `{labels}` that the input offers; "" = by the
+        input as it is.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Task:
     rest: str
     asks: tuple[str, ...]
     writes: str
+    wording: str = ""
 
 
 TASKS = (
@@ -75,15 +79,69 @@ TASKS = (
         r' "(.*)", which reference is related.*?\[1\]: "(.*)"\s*\[2\]: "(.*)"',
         ("title",),
         "abstract",
+        'Which of two papers do I cite in mine, "{0}"? Say [1] or [2].\n[1]: "{1}"\n[2]: "{2}"',
     ),
-    Task("LaMP_2", "Which tag does this movie relate to", r".*?description:(.*)", ("description",), "tag"),
-    Task("LaMP_2", "Which category does this article relate to", r".*?article:(.*)", ("text",), "category"),
-    Task("LaMP_3", "What is the score of the following review", r".*?review:(.*)", ("text",), "score"),
-    Task("LaMP_4", "Generate a headline for the following article:", r"(.*)", ("text",), "title"),
-    Task("LaMP_5", "Generate a title for the following abstract of a paper:", r"(.*)", ("abstract",), "title"),
-    Task("LaMP_6", "Generate a subject for the following email:", r"(.*)", ("text",), "title"),
-    Task("LaMP_7", "Paraphrase the following tweet", r"[^:]*:(.*)", (), "text"),
+    Task(
+        "LaMP_2",
+        "Which tag does this movie relate to",
+        r".*?description:(.*)",
+        ("description",),
+        "tag",
+        "Which of these would I put on the film below? Say one of them and no more. {labels}\n{0}",
+    ),
+    Task(
+        "LaMP_2",
+        "Which category does this article relate to",
+        r".*?article:(.*)",
+        ("text",),
+        "category",
+        "Where do I file the article below? Say one of these and no more. {labels}\n{0}",
+    ),
+    Task(
+        "LaMP_3",
+        "What is the score of the following review",
+        r".*?review:(.*)",
+        ("text",),
+        "score",
+        "How many points from 1 to 5 do I give with these words? Say the number and no more.\n{0}",
+    ),
+    Task(
+        "LaMP_4",
+        "Generate a headline for the following article:",
+        r"(.*)",
+        ("text",),
+        "title",
+        "What headline do I put over this?\n{0}",
+    ),
+    Task(
+        "LaMP_5",
+        "Generate a title for the following abstract of a paper:",
+        r"(.*)",
+        ("abstract",),
+        "title",
+        "What do I call the paper with this abstract?\n{0}",
+    ),
+    Task(
+        "LaMP_6",
+        "Generate a subject for the following email:",
+        r"(.*)",
+        ("text",),
+        "title",
+        "What subject line do I write over this mail?\n{0}",
+    ),
+    Task(
+        "LaMP_7",
+        "Paraphrase the following tweet",
+        r"[^:]*:(.*)",
+        (),
+        "text",
+        "Put this the way I would tweet it.\n{0}",
+    ),
 )
+
+
+# The labels that a question of task 2 offers.
+_LABELS = re.compile(r"(?:tags|categories): *\[.*?\]", re.DOTALL)
 
 
 def sniff(path: Path, head: str) -> str | None:
@@ -106,7 +164,7 @@ def read(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[Dialogue]:
-    """One dialogue a question: "user ID" asks by the whole input, the task (as "LaMP_3") answers by the gold output.
+    """One dialogue a question: "user ID" asks what the input does, in words of ours; the task ("LaMP_3") answers by the gold output.
 
     - id, group: TASK/FILE/ID, with the file's name without "_questions.json"; ids repeat from task to task.
     - split: from the name of the file or its folder.
@@ -148,7 +206,7 @@ def read(
             continue
         some = True
         who, unique = label or task.name, f"{label or task.name}/{stem}/{name}"
-        turns = (Turn(f"user {name}", text), Turn(who, reply))
+        turns = (Turn(f"user {name}", worded(task, text)), Turn(who, reply))
         fields = {"task": who, "query": query, "history": past}
         yield Dialogue(unique, who, f"user {name}", turns, unique, split=split_of(unit), fields=fields)
     if not some:
@@ -158,11 +216,22 @@ def read(
 def match(tasks: Sequence[Task], text: str, place: str) -> tuple[Task, str]:
     """The task whose instruction an input begins with, and the query in it (its parts on a line each)."""
     for task in tasks:
-        parts = re.fullmatch(re.escape(task.opening) + task.rest, text, re.DOTALL | re.IGNORECASE)
-        if parts:
-            return task, "\n".join(part.strip() for part in parts.groups() if part is not None)
+        if (parts := _parts(task, text)) is not None:
+            return task, "\n".join(parts)
     openings = ", ".join(f"'{task.opening} ...'" for task in tasks if task.opening)
     fail(place, show(text), f"one of the instructions {openings}", "; give the benchmark's own files")
+
+
+def worded(task: Task, text: str) -> str:
+    """An input of a task in words of ours; as it is where there are none."""
+    labels = _LABELS.search(text)
+    return task.wording.format(*_parts(task, text), labels=labels[0] if labels else "") if task.wording else text
+
+
+def _parts(task: Task, text: str) -> list[str] | None:
+    """The parts of the query in an input, None where it is none of the task's."""
+    found = re.fullmatch(re.escape(task.opening) + task.rest, text, re.DOTALL | re.IGNORECASE)
+    return None if found is None else [part.strip() for part in found.groups() if part is not None]
 
 
 def history(profile: Any, task: Task, counts: collections.Counter, place: str) -> list[dict[str, Any]]:
