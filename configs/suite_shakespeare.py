@@ -10,11 +10,13 @@ PROMPTED = {
     "responder profile": "rpg",
     "querier profile": "qcg",
     "retrieved examples": "rag",
+    "DPL": "dpl",
 }
 TRAINED = {
     "LoRA": "sft_matched",
     "LoRA, querier hidden": "sft_hidden",
     "LoRA and querier rows": "sft_rows",
+    "PPlug": "pplug",
     "QAR": "qar",
 }
 

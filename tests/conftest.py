@@ -7,9 +7,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+from checking import install  # noqa: E402
 
 # Compiling takes nearly all the time of tests of models this small.
 jax.config.update("jax_disable_most_optimizations", True)
 
-install_import_hook("qaperso", "beartype.beartype")
+install()

@@ -19,7 +19,7 @@ from qaperso.models import plug
 Tree = Any
 N, H, E, D, T = 3, 5, 4, 6, 2
 # Compiled whole, not operation by operation.
-SOFT, ATTEND = jax.jit(plug.soft_tokens), jax.jit(plug.attend)
+SOFT, ATTEND = jax.jit(plug.soft_tokens, static_argnums=3), jax.jit(plug.attend, static_argnums=2)
 
 
 @functools.cache

@@ -315,13 +315,11 @@ def _dialogue(
     split: str | None,
     fields: Mapping[str, Any],
 ) -> Dialogue:
-    def answer(skeleton: str) -> Turn:
-        return Turn(responder, _reply(skeleton, fields["address"], fields["register"], fields["facts"]))
-
-    turns = [Turn(querier, query), answer(_intent(fields["intent"]).reply)]
+    own = fields["address"], fields["register"], fields["facts"]
+    turns = [Turn(querier, query), Turn(responder, _reply(_intent(fields["intent"]).reply, *own))]
     if rng.random() < SMALL_TALK_RATE:
         talk = rng.choice(SMALL_TALK)
-        turns = [Turn(querier, rng.choice(expand(talk.queries))), answer(talk.reply), *turns]
+        turns = [Turn(querier, rng.choice(expand(talk.queries))), Turn(responder, _reply(talk.reply, *own)), *turns]
     return Dialogue(
         id=id, responder=responder, querier=querier, turns=tuple(turns), group=id, split=split, fields=fields
     )
