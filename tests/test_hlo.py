@@ -98,6 +98,55 @@ def test_by_hand() -> None:
     assert found.hbm_bytes == 3 * turn + (512 + 128) + (128 + 128)
 
 
+LOOP = """%fused_test (p.0: s32[], p.1: s32[]) -> pred[] {
+  %p.0 = s32[] parameter(0)
+  %p.1 = s32[] parameter(1)
+  ROOT %less = pred[] compare(%p.0, %p.1), direction=LT
+}
+
+%start (q: f32[2]) -> f32[8] {
+  %q = f32[2]{0} parameter(0)
+  ROOT %g1 = f32[8]{0} all-gather(%q), channel_id=9, replica_groups=[1,4]<=[4], dimensions={0}
+}
+
+%body (s: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %s = (s32[], f32[2]{0}) parameter(0)
+  %x = f32[2]{0} get-tuple-element(%s), index=1
+  %first = f32[8]{0} fusion(%x), kind=kCustom, calls=%start
+  %second = f32[8]{0} fusion(%x), kind=kCustom, calls=%start
+  %g2 = f32[8]{0} all-gather(%x), channel_id=10, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %t = (s32[], f32[2]{0}) tuple(%i, %x)
+}
+
+%cond (s.1: (s32[], f32[2])) -> pred[] {
+  %s.1 = (s32[], f32[2]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%s.1), index=0
+  %n = s32[] constant(7)
+  ROOT TEST
+}
+
+ENTRY %main (a: (s32[], f32[2])) -> (s32[], f32[2]) {
+  %a = (s32[], f32[2]{0}) parameter(0)
+  ROOT %w = (s32[], f32[2]{0}) while(%a), condition=%cond, body=%body
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "test, times",
+    [
+        ("%less.1 = pred[] compare(%i, %n), direction=LT", 7),
+        ("%fusion = pred[] fusion(%i, %n), kind=kLoop, calls=%fused_test", 7),
+        ("%less.1 = pred[] compare(%i, %i), direction=LT", 1),
+        ("%more = pred[] compare(%i, %n), direction=GT", 1),
+        ("%both = pred[] and(%i, %n)", 1),
+    ],
+)
+def test_loops_without_a_written_count_and_gathers_beside_kernels(test: str, times: int) -> None:
+    found = hlo.cost(LOOP.replace("TEST", test)).collectives
+    assert [(c.channel, c.times) for c in found] == [(9, times), (10, times)]
+
+
 def test_strings_of_arrays() -> None:
     assert str(Array("f32", (3, 8))) == "f32[3,8]" and str(Array("s32", ())) == "s32[]"
     assert Array("pred", (3, 8)).bytes == 24 and Array("token", ()).bytes == 0
