@@ -118,20 +118,20 @@ def info_nce(
 
 def count_anchors(rows: Keys, columns: Keys) -> Float[Array, ""]:
     """How many rows have a positive and a negative among the columns: the denominator of `info_nce`."""
+    return _by_rows(_are_anchors, rows, columns).sum().astype(jnp.float32)
 
-    def each(rows: Keys, columns: Keys) -> Bool[Array, " N"]:
-        def one(rows: Keys) -> Array:
-            def add(found: tuple, columns: Keys) -> tuple[tuple, None]:
-                positives, candidates = contrast_masks(rows, columns)
-                return (found[0] | positives.any(1), found[1] | (candidates & ~positives).any(1)), None
 
-            nothing = jnp.zeros_like(rows["querier"], bool)
-            (positive, negative), _ = jax.lax.scan(add, (nothing, nothing), _tiles(columns))
-            return positive & negative
+def _are_anchors(rows: Keys, columns: Keys) -> Bool[Array, " N"]:
+    def one(rows: Keys) -> Array:
+        def add(found: tuple, columns: Keys) -> tuple[tuple, None]:
+            positives, candidates = contrast_masks(columns, rows)
+            return (found[0] | positives.any(0), found[1] | (candidates & ~positives).any(0)), None
 
-        return _whole(jax.lax.map(one, _tiles(rows)), rows["querier"].size)
+        nothing = jnp.zeros_like(rows["querier"], bool)
+        (positive, negative), _ = jax.lax.scan(add, (nothing, nothing), _tiles(columns))
+        return positive & negative
 
-    return _by_rows(each, rows, columns).sum().astype(jnp.float32)
+    return _whole(jax.lax.map(one, _tiles(rows)), rows["querier"].size)
 
 
 def _by_rows(each: Callable[[Tree, Tree], Array], anchored: Tree, others: Tree) -> Array:
@@ -307,16 +307,24 @@ def write_memory(memory: Tree, views: Float[Array, "2 N P"], label: Int[Array, "
     """
     views = jax.lax.stop_gradient(views)
     if "sums" in memory:
-        hot = jax.nn.one_hot(label, memory["counts"].shape[0])  # -1 gives zeros
-        new = hot.sum(0)
+
+        def add(found: tuple, tile: tuple) -> tuple[tuple, None]:
+            label, views = tile
+            hot = jax.nn.one_hot(label, memory["counts"].shape[0])  # -1 gives zeros
+            return (found[0] + hot.sum(0), found[1] + jnp.einsum("nc,nvp->vcp", hot, views)), None
+
+        tiles = _tiles((label, jnp.moveaxis(views, 0, 1)))
+        (new, more), _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, (memory["counts"], memory["sums"])), tiles)
         keep = jnp.where(new > 0, decay, 1.0)
-        sums = memory["sums"] * keep[None, :, None] + jnp.einsum("nc,vnp->vcp", hot, views)
+        sums = memory["sums"] * keep[None, :, None] + more
         return {"sums": sums, "counts": memory["counts"] * keep + new}
     entries, written = memory["entries"], memory["written"]
     classes, size = entries.shape[1:3]
-    same = (label[:, None] == label[None, :]) & (label >= 0)[:, None]
-    before = jnp.tril(same, -1).sum(1)
-    after = jnp.triu(same, 1).sum(1)
+    # How many of its class come before and after each: its place in the order of classes, less where its class begins.
+    order = jnp.argsort(label, stable=True)
+    place, ordered = jnp.argsort(order), label[order]
+    before = place - jnp.searchsorted(ordered, label, side="left")
+    after = jnp.searchsorted(ordered, label, side="right") - 1 - place
     kept = (label >= 0) & (after < size)
     place = (written[jnp.maximum(label, 0)] + before) % size
     # Out-of-range classes are dropped by the scatter.

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
-from qaperso import hlo, losses, mesh
+from qaperso import arrays, hlo, losses, mesh
 from qaperso.arrays import BATCH_AXES
 from qaperso.data.contrast import Keys, contrast_masks
 
@@ -109,9 +109,9 @@ def test_tiles_are_the_whole_with_its_gradients(n: int, k: int, tile: int) -> No
 
 
 def largest(loss: Callable, *arguments: Any, gradient: bool) -> int:
-    """Elements of the largest array of any kind in the compiled program."""
+    """Elements of the largest array in the compiled program of a loss, or of its value and gradient."""
     function = jax.value_and_grad(loss, (0, 1)) if gradient else loss
-    computations, _ = hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+    computations, _ = hlo.parse(jax.jit(lambda *a: function(*a)).lower(*arguments).compile().as_text())
     found = [a for inside in computations.values() for one in inside.values() for a in one.result]
     return max(int(np.prod(a.dims)) for a in found)
 
@@ -127,30 +127,47 @@ def test_no_buffer_has_a_place_for_every_pair(gradient: bool) -> None:
     assert largest(plain, *views, *masks, gradient=gradient) == n * k
 
 
-@pytest.mark.parametrize("count", [16, 18])
-def test_eight_devices_are_one(count: int) -> None:
-    """16 anchors are spread over four devices, in tiles of two; 18 cannot be spread evenly."""
-    made, views, rows = mesh.make_mesh(2, 2, 2), [normal(s, count, P) for s in (0, 1)], drawn(5, count)
+@pytest.mark.parametrize("kind", ["means", "bank"])
+def test_nor_has_writing_the_memory(kind: str) -> None:
+    n, classes, dim = 2200, 1700, 8
+    memory = arrays.abstract(losses.declare_memory(kind, classes, dim, 2))
+    views, label = jax.ShapeDtypeStruct((2, n, dim), jnp.float32), jax.ShapeDtypeStruct((n,), jnp.int32)
+    assert largest(losses.write_memory, memory, views, label, gradient=False) < n * classes / 4
 
-    def loss(a: jax.Array, b: jax.Array, rows: Keys) -> jax.Array:
-        return losses.in_batch((a, b), rows, TEMPERATURE) / losses.count_anchors(rows, rows)
 
+def mean_loss(a: jax.Array, b: jax.Array, rows: Keys) -> jax.Array:
+    return losses.in_batch((a, b), rows, TEMPERATURE) / losses.count_anchors(rows, rows)
+
+
+def test_eight_devices_are_one() -> None:
+    """16 anchors are spread over four devices, in tiles of two."""
+    made, count = mesh.make_mesh(2, 2, 2), 16
+    views, rows = [normal(s, count, P) for s in (0, 1)], drawn(5, count)
+    place = mesh.batch_sharding(made, 0, count)
+    assert place.spec == PartitionSpec(BATCH_AXES)
     with tiled(3):
-        expected, gradients = with_gradient(loss)(*views, rows)
-        place = mesh.batch_sharding(made, 0, count)
+        expected, gradients = with_gradient(mean_loss)(*views, rows)
         with jax.set_mesh(made):
             out = NamedSharding(made, PartitionSpec()), (place, place)
-            spread = jax.jit(jax.value_and_grad(loss, (0, 1)), out_shardings=out)
+            spread = jax.jit(jax.value_and_grad(mean_loss, (0, 1)), out_shardings=out)
             compiled = spread.lower(*jax.device_put((*views, rows), place)).compile()
             found, own = compiled(*jax.device_put((*views, rows), place))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     for g, wanted in zip(own, gradients, strict=True):
         np.testing.assert_allclose(g, wanted, rtol=1e-5, atol=1e-6)
     assert float(expected) > 0.1
-    assert place.spec == (PartitionSpec(BATCH_AXES) if count == 16 else PartitionSpec())
+    # What goes between devices are representations, keys and sums.
     sent = [a for c in hlo.cost(compiled.as_text()).collectives for a in c.arrays]
-    # What goes between devices are representations, keys and sums, and nothing where every device has all.
-    assert bool(sent) == (count == 16) and all(a.dims in ((), (count,), (count, P)) for a in sent)
+    assert sent and all(a.dims in ((), (count,), (count, P)) for a in sent)
+
+
+def test_anchors_that_do_not_divide_are_on_every_device() -> None:
+    made, count = mesh.make_mesh(2, 2, 2), 18
+    given = [normal(s, count, P) for s in (0, 1)] + [drawn(5, count)]
+    expected = jax.jit(mean_loss)(*given)
+    with jax.set_mesh(made):
+        found = jax.jit(mean_loss)(*jax.device_put(given, mesh.batch_sharding(made, 0, count)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_mean_over_positives_stands_outside_the_log() -> None:
