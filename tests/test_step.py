@@ -76,6 +76,32 @@ def test_micro_batches_are_one_batch(name: str) -> None:
     assert all(jax.tree.leaves(moved))
 
 
+@pytest.mark.slow
+def test_cached_gradients_are_those_through_all_micro_batches_at_once() -> None:
+    """With dropout, whose draws both passes over a micro-batch must share."""
+    run, method = setting("in_batch", lora__dropout=0.3)
+    seen = optax.GradientTransformation(lambda params: params, lambda gradient, *_: (gradient, gradient))
+    state, base = begin(run, method, seen)
+    batch = helpers.device(jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[2:]), batches("in_batch", 1)[0]))
+    after, metrics = helpers.stepper(run, method, seen)(state, base, batch, KEY)
+
+    def whole(trainable: dict, key: jax.Array) -> jax.Array:
+        found = [
+            method.loss(run, trainable, base, jax.tree.map(lambda x, k=k: x[k], batch), {}, jax.random.fold_in(key, k))
+            for k in (0, 1)
+        ]
+        sums = {"lm": found[0][0]["lm"] + found[1][0]["lm"]}
+        sums |= method.joint(run)(jax.tree.map(lambda *x: jnp.stack(x), found[0][1], found[1][1]), batch)
+        counts = method.counts(run, batch, {})
+        return sum(weight * sums[name] / counts[name] for name, weight in method.weights(run).items())
+
+    key = jax.random.fold_in(KEY, 0)
+    value, gradient = jax.jit(jax.value_and_grad(whole))(state.trainable, key)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    helpers.assert_trees_close(after.optimizer, gradient, atol=1e-5, rtol=1e-5)
+    assert abs(float(value) - float(jax.jit(whole)(state.trainable, jax.random.key(7)))) > 1e-3, "dropout is on"
+
+
 @pytest.mark.parametrize("memory", ["means", "bank"])
 def test_memory_is_written_in_the_order_of_the_batch(memory: str) -> None:
     run, method = setting("prototypes", qar__memory=memory)
