@@ -107,6 +107,10 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update from K micro-batches.
 
+    Where a method compares dialogues of different micro-batches (`joint`), gradients are cached (Gao et al., arXiv
+    2101.06983): a first pass makes all representations and the gradient to them, a second one for each micro-batch takes it
+    on to the parameters. It costs K forward passes without logits; with K = 1 there is one pass only.
+
     Args:
       setting, method, optimizer: static.
       state: donated.
@@ -123,23 +127,37 @@ def train_step(
     count = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, state.step), i))(jnp.arange(count))
     term_weights = method.weights(setting)
-    each = jax.lax.map(lambda b: method.counts(setting, b, state.memory), batch)
-    counts = jax.tree.map(lambda c: jnp.maximum(c.sum(), 1), each)
+    counts = jax.tree.map(lambda c: jnp.maximum(c, 1), method.counts(setting, batch, state.memory))
+    joint = method.joint(setting)
 
-    def objective(trainable: Tree, micro: Tree, micro_key: jax.Array) -> tuple[Array, tuple]:
-        params = trainable.get("base", base)
-        sums, update = method.loss(setting, trainable, params, micro, state.memory, micro_key)
-        means = {name: sums[name] / counts[name] for name in sums}
-        return sum(term_weights[name] * mean for name, mean in means.items()), (means, update)
+    def forward(trainable: Tree, micro: Tree, micro_key: jax.Array) -> tuple[dict[str, Array], Tree]:
+        return method.loss(setting, trainable, trainable.get("base", base), micro, state.memory, micro_key)
+
+    def weighted(sums: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        means = {name: x / counts[name] for name, x in sums.items()}
+        loss = sum((term_weights[name] * mean for name, mean in means.items()), jnp.zeros(()))
+        zeros = {name: jnp.zeros(()) for name in term_weights}
+        return loss, zeros | means | {"loss": loss}
+
+    def objective(trainable: Tree, micro: Tree, micro_key: jax.Array, pull: Tree) -> tuple[Array, tuple]:
+        sums, update = forward(trainable, micro, micro_key)
+        if joint and count == 1:
+            sums |= joint(jax.tree.map(lambda x: x[None], update), batch)
+        loss, found = weighted(sums)
+        # Its gradient to the representations is `pull`. No dot product, which TPUs would round.
+        return loss + sum((update[name] * pull[name]).sum() for name in pull), (found, update)
 
     def accumulate(total: Tree, scanned: tuple) -> tuple[Tree, Tree]:
-        (loss, (means, update)), gradient = jax.value_and_grad(objective, has_aux=True)(state.trainable, *scanned)
+        (_, (found, update)), gradient = jax.value_and_grad(objective, has_aux=True)(state.trainable, *scanned)
         gradient = gradient if place is None else jax.lax.with_sharding_constraint(gradient, place)
-        return jax.tree.map(jnp.add, total, (gradient, {"loss": loss, **means})), update
+        return jax.tree.map(jnp.add, total, (gradient, found)), update
 
-    zeros = {"loss": jnp.zeros(()), **{name: jnp.zeros(()) for name in term_weights}}
-    start = (jax.tree.map(jnp.zeros_like, state.trainable), zeros)
-    (gradient, metrics), update = jax.lax.scan(accumulate, start, (batch, keys))
+    pull, known = {}, weighted({})[1]
+    if joint and count > 1:
+        given = jax.lax.map(lambda scanned: forward(state.trainable, *scanned)[1], (batch, keys))
+        (_, known), pull = jax.value_and_grad(lambda x: weighted(joint(x, batch)), has_aux=True)(given)
+    start = (jax.tree.map(jnp.zeros_like, state.trainable), known)
+    (gradient, metrics), update = jax.lax.scan(accumulate, start, (batch, keys, pull))
 
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)

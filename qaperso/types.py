@@ -144,11 +144,10 @@ class Inputs:
 
 @flax.struct.dataclass
 class Contrast:
-    """Who is compared with whom, for N = B * M dialogues; made on the host once a batch."""
+    """What says who is compared with whom; see `data/contrast.py`."""
 
     label: Any  # int32[B, M]: class (responder, querier, cluster) of the dialogue, -1 = not contrasted
-    positives: Any  # bool[N, N]: rows are anchors in one view, columns dialogues in the other view
-    candidates: Any  # bool[N, N]: positives and the other queriers of the same responder and cluster
+    text: Any  # int32[B, M]: id of the dialogue's text
 
 
 @flax.struct.dataclass

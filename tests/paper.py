@@ -96,4 +96,4 @@ def batch(arrays: dict, step: int) -> Batch:
     classes = (cluster * QUERIERS + get["role_pair_id"] - 2).astype(np.int32)[:, None]
     where = inputs(get["input_ids"], get["attention_mask"], get["role_pos_ids"], cluster)
     rest = map(jnp.asarray, (index, np.maximum(label, 0).astype(np.int32), weight))
-    return Batch(where, *rest, Contrast(jnp.asarray(classes), None, None))
+    return Batch(where, *rest, Contrast(jnp.asarray(classes), jnp.zeros_like(classes)))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from qaperso.data.batches import dropped_groups, make_batch, make_examples, plan_batch, sequential, stream
 from qaperso.data.clusters import assign
+from qaperso.data.contrast import contrast_masks, dialogue_keys
 from qaperso.data.load import encode_split
 from qaperso.data.plan import Plan, Shape
 from qaperso.data.store import make_store
@@ -198,7 +199,7 @@ def test_first_token_is_never_predicted():
 
 @pytest.mark.parametrize("stranger", [None, True])
 def test_contrast_of_a_batch(stranger):
-    """Masks by slots against the definition by examples; padding, other classes and rowed dialogues stay out."""
+    """Masks of the keys against the definition by examples; padding, other classes and rowed dialogues stay out."""
     rows = [EVERY[0:3], EVERY[3:5], EVERY[12:15], EVERY[24:27]]
     shape = Shape(5, 200, 150, 4)
     flags = None if stranger is None else [[(r + k) % 3 > 0 for k in range(len(row))] for r, row in enumerate(rows)]
@@ -214,18 +215,11 @@ def test_contrast_of_a_batch(stranger):
         if a is not None and b is not None and (a.responder, a.cluster) == (b.responder, b.cluster):
             positives[i, j] = a.querier == b.querier and (i == j or a.text != b.text)
             candidates[i, j] = positives[i, j] or a.querier != b.querier
-    np.testing.assert_array_equal(contrast.positives, positives)
-    np.testing.assert_array_equal(contrast.candidates, candidates)
+    keys = dialogue_keys(contrast.label.reshape(-1), contrast.text.reshape(-1), STORE.classes)
+    found = contrast_masks(keys, keys)
+    np.testing.assert_array_equal(found[0], positives)
+    np.testing.assert_array_equal(found[1], candidates)
     assert (candidates & ~positives).any() and (positives & ~np.eye(len(slots), dtype=bool)).any()
-
-
-def test_prototypes_need_labels_only():
-    rows = [EVERY[0:3], EVERY[3:5]]
-    shape = Shape(2, 200, 150, 3)
-    prototypes, in_batch = (make_batch(rows, shape, None, kind).contrast for kind in ("prototypes", "in_batch"))
-    assert prototypes.positives is None and prototypes.candidates is None
-    np.testing.assert_array_equal(prototypes.label, in_batch.label)
-    assert make_batch(rows, shape).contrast is None
 
 
 def test_no_responder_token_no_contrast():

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaperso.data.contrast import anchors, contrast_masks
+from qaperso.data.contrast import class_keys, contrast_masks, dialogue_keys
 
 FIELDS = ("querier", "responder", "cluster", "text", "index")
 
@@ -68,7 +68,6 @@ def test_jax_gives_the_same(rows, columns):
     on_host = contrast_masks(rows, columns)
     for got, expected in zip(on_device, on_host, strict=True):
         np.testing.assert_array_equal(np.asarray(got), expected)
-    np.testing.assert_array_equal(np.asarray(anchors(*on_device)), anchors(*on_host))
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,13 +97,9 @@ def test_symmetric_within_a_batch(batch):
 
 @settings(max_examples=60, deadline=None)
 @given(tables(), tables())
-def test_anchors_have_a_positive_and_a_negative(rows, columns):
-    positives, candidates = contrast_masks(rows, columns)
-    expected = [
-        any(p) and any(c and not q for c, q in zip(cs, p, strict=True))
-        for p, cs in zip(positives, candidates, strict=True)
-    ]
-    assert anchors(positives, candidates).tolist() == expected
+def test_masks_are_transposed_with_their_arguments(rows, columns):
+    for one, other in zip(contrast_masks(rows, columns), contrast_masks(columns, rows), strict=True):
+        np.testing.assert_array_equal(one, other.T)
 
 
 def test_written_out():
@@ -129,8 +124,23 @@ def test_written_out():
         [0, 0, 0, 0, 1, 0],
         [0, 0, 0, 0, 0, 0],
     ]
-    # The fifth has nobody to differ from in its cluster.
-    assert anchors(positives, candidates).tolist() == [True, True, True, True, False, False]
+
+
+def test_keys_of_dialogues_and_classes_by_hand():
+    classes = {
+        name: np.array(v, np.int32) for name, v in dict(querier=[3, 4], responder=[0, 5], cluster=[7, 8]).items()
+    }
+    found = dialogue_keys(np.array([1, -1, 0], np.int32), np.array([6, 6, 2], np.int32), classes)
+    assert {name: v.tolist() for name, v in found.items() if name in ("querier", "text", "index")} == {
+        "querier": [4, -1, 3],
+        "text": [6, 6, 2],
+        "index": [0, 1, 2],
+    }
+    assert found["responder"].tolist()[::2] == [5, 0] and found["cluster"].tolist()[::2] == [8, 7]
+    columns = class_keys(classes, np.array([True, False]))
+    expected = {"querier": [3, -1], "responder": [0, 5], "cluster": [7, 8], "text": [-1, -1], "index": [-1, -1]}
+    assert {name: v.tolist() for name, v in columns.items()} == expected
+    assert class_keys(classes)["querier"].tolist() == [3, 4]
 
 
 @settings(max_examples=60, deadline=None)

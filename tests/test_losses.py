@@ -1,4 +1,4 @@
-"""Losses against loops, and the prototype memory against plain Python containers."""
+"""Cross-entropy against all logits at once, and the prototype memory against plain Python containers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from hypothesis.extra import numpy as hnp
 
 from qaperso import arrays, losses
 
-N, K, P = 4, 5, 3
 SEEDS = st.integers(0, 2**32 - 1)
 
 
@@ -65,99 +64,6 @@ def test_cross_entropy_of_large_logits_is_finite() -> None:
     )(hidden)
     np.testing.assert_allclose(ours, 2e4)
     np.testing.assert_allclose(slope, [[[2.0, 0.0]]])
-
-
-def reference(view: np.ndarray, other: np.ndarray, positives: np.ndarray, candidates: np.ndarray, t: float) -> float:
-    """Double loop in float64: mean over positives of the log-ratio, summed over rows with positive and negative."""
-    total = 0.0
-    for i in range(len(view)):
-        if not positives[i].any() or not (candidates[i] & ~positives[i]).any():
-            continue
-        cosine = [
-            float(view[i].astype(np.float64) @ other[j]) / (np.linalg.norm(view[i]) * np.linalg.norm(other[j])) / t
-            for j in range(len(other))
-        ]
-        below = sum(np.exp(cosine[j]) for j in range(len(other)) if candidates[i, j])
-        terms = [-np.log(np.exp(cosine[j]) / below) for j in range(len(other)) if positives[i, j]]
-        total += sum(terms) / len(terms)
-    return total
-
-
-info_nce = jax.jit(losses.info_nce, static_argnums=4)
-
-
-@settings(max_examples=60, deadline=None)
-@given(SEEDS, hnp.arrays(bool, (N, K)), hnp.arrays(bool, (N, K)), st.sampled_from([0.1, 1.0]))
-def test_info_nce_is_the_double_loop(seed: int, positives: np.ndarray, others: np.ndarray, t: float) -> None:
-    view, other, candidates = normal(seed, N, P), normal(seed + 1, K, P), positives | others
-    ours = info_nce(*map(jnp.asarray, (view, other, positives, candidates)), t)
-    np.testing.assert_allclose(ours, reference(view, other, positives, candidates, t), rtol=1e-4, atol=1e-4)
-
-
-def test_mean_over_positives_stands_outside_the_log() -> None:
-    # Cosines 1 and 0 to two positives and -1 to a negative, at temperature 1.
-    view, other = jnp.asarray([[2.0, 0.0]]), jnp.asarray([[1.0, 0.0], [0.0, 3.0], [-5.0, 0.0]])
-    positives, candidates = jnp.asarray([[True, True, False]]), jnp.ones((1, 3), bool)
-    z = np.e + 1 + 1 / np.e
-    outside = (np.log(z) - 1 + np.log(z)) / 2
-    inside = -np.log((np.e + 1) / z / 2)
-    ours = float(info_nce(view, other, positives, candidates, 1.0))
-    np.testing.assert_allclose(ours, outside, rtol=1e-6)
-    assert abs(ours - inside) > 0.05
-
-
-def test_rows_without_positive_or_negative_contribute_nothing() -> None:
-    positives = np.zeros((N, K), bool)
-    candidates = np.zeros((N, K), bool)
-    positives[0, :2] = candidates[0, :2] = True  # no negative
-    candidates[1, :] = True  # no positive; rows 2 and 3 have neither
-    args = jnp.asarray(positives), jnp.asarray(candidates), 0.1
-    value, gradient = jax.jit(jax.value_and_grad(losses.info_nce, (0, 1)), static_argnums=4)(
-        jnp.asarray(normal(0, N, P)), jnp.asarray(normal(1, K, P)), *args
-    )
-    assert value == 0
-    assert all((g == 0).all() for g in gradient)
-
-
-def test_in_batch_is_symmetric() -> None:
-    a, b = jnp.asarray(normal(0, N, P)), jnp.asarray(normal(1, N, P))
-    kind = np.array([0, 0, 1, 1])
-    positives, candidates = jnp.asarray(kind[:, None] == kind[None]), jnp.ones((N, N), bool)
-    ours = losses.in_batch(a, b, positives, candidates, 0.2)
-    np.testing.assert_allclose(ours, losses.in_batch(b, a, positives, candidates, 0.2), rtol=1e-6)
-    one_way = [reference(*map(np.asarray, (*pair, positives, candidates)), 0.2) for pair in ((a, b), (b, a))]
-    np.testing.assert_allclose(ours, np.mean(one_way), rtol=1e-5)
-    assert abs(one_way[0] - one_way[1]) > 1e-3, "the two directions differ, so that averaging shows"
-
-
-def test_normalise() -> None:
-    x = jnp.asarray([[3.0, 4.0], [0.0, 0.0], [1e-12, 0.0]])
-    np.testing.assert_allclose(losses.normalise(x), [[0.6, 0.8], [0, 0], [1, 0]], rtol=1e-6)
-
-
-def test_gradients_are_finite_for_zero_vectors() -> None:
-    a = jnp.asarray(normal(0, N, P)).at[1].set(0)
-    b = jnp.asarray(normal(1, N, P)).at[1:3].set(0)
-    positives, candidates = jnp.eye(N, dtype=bool), jnp.ones((N, N), bool)
-    gradients = jax.jit(jax.grad(losses.in_batch, (0, 1)), static_argnums=4)(a, b, positives, candidates, 0.1)
-    assert all(jnp.isfinite(g).all() for g in gradients)
-    # Direction of a zero vector: none. The others still learn.
-    assert (gradients[0][1] == 0).all() and (gradients[0][0] != 0).any()
-
-
-def test_no_gradient_into_prototypes() -> None:
-    views = jnp.asarray(normal(0, N, P)), jnp.asarray(normal(1, N, P))
-    means = jnp.asarray(normal(2, 2, K, P))
-    positives = jnp.asarray(np.eye(N, K, dtype=bool))
-    args = positives, jnp.ones((N, K), bool), 0.3
-    value, (into_views, into_means) = jax.jit(jax.value_and_grad(losses.prototype, (0, 1)), static_argnums=4)(
-        views, means, *args
-    )
-    assert (into_means == 0).all()
-    assert all((g != 0).any(1).all() for g in into_views)
-    # Each view is compared with the prototypes of the other one.
-    expected = [reference(*map(np.asarray, (views[i], means[1 - i], *args[:2])), 0.3) for i in (0, 1)]
-    np.testing.assert_allclose(value, np.mean(expected), rtol=1e-5)
 
 
 def empty(kind: str, classes: int, size: int = 3, dim: int = 2) -> dict:

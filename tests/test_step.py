@@ -53,8 +53,10 @@ def begin(run: Setting, method: ModuleType, optimizer: optax.GradientTransformat
     return step.init_state(optimizer, helpers.shaken(trainable), memory), base
 
 
-def test_micro_batches_are_one_batch() -> None:
-    run, method, optimizer, advance = adam("prototypes")
+@pytest.mark.parametrize("name", ["prototypes", "in_batch"])
+def test_micro_batches_are_one_batch(name: str) -> None:
+    """Within the batch too, whose dialogues find their partners in the other micro-batch."""
+    run, method, optimizer, advance = adam(name)
     state, base = begin(run, method, optimizer)
     before, half = jax.tree.map(np.array, state.trainable), dataclasses.replace(helpers.SHAPE, rows=4)
     twice = helpers.stepper(run, method, optimizer)
@@ -62,8 +64,8 @@ def test_micro_batches_are_one_batch() -> None:
     for seed in range(2):
         rows = helpers.rows_of(helpers.examples(seed), 3)
         flags = helpers.rows_of([i % 3 > 0 for i in range(24)], 3)
-        one = helpers.stack([make_batch(rows, helpers.SHAPE, flags, "prototypes")])
-        two = helpers.stack([make_batch(rows[k : k + 4], half, flags[k : k + 4], "prototypes") for k in (0, 4)])
+        one = helpers.stack([make_batch(rows, helpers.SHAPE, flags, name)])
+        two = helpers.stack([make_batch(rows[k : k + 4], half, flags[k : k + 4], name) for k in (0, 4)])
         whole, expected = advance(whole, base, one, KEY)
         split, found = twice(split, base, two, KEY)
         helpers.assert_trees_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -72,6 +74,32 @@ def test_micro_batches_are_one_batch() -> None:
     assert expected["contrast"] > 0.1, "the memory of the first step makes the second step's contrast"
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), before, whole.trainable)
     assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.slow
+def test_cached_gradients_are_those_through_all_micro_batches_at_once() -> None:
+    """With dropout, whose draws both passes over a micro-batch must share."""
+    run, method = setting("in_batch", lora__dropout=0.3)
+    seen = optax.GradientTransformation(lambda params: params, lambda gradient, *_: (gradient, gradient))
+    state, base = begin(run, method, seen)
+    batch = helpers.device(jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[2:]), batches("in_batch", 1)[0]))
+    after, metrics = helpers.stepper(run, method, seen)(state, base, batch, KEY)
+
+    def whole(trainable: dict, key: jax.Array) -> jax.Array:
+        found = [
+            method.loss(run, trainable, base, jax.tree.map(lambda x, k=k: x[k], batch), {}, jax.random.fold_in(key, k))
+            for k in (0, 1)
+        ]
+        sums = {"lm": found[0][0]["lm"] + found[1][0]["lm"]}
+        sums |= method.joint(run)(jax.tree.map(lambda *x: jnp.stack(x), found[0][1], found[1][1]), batch)
+        counts = method.counts(run, batch, {})
+        return sum(weight * sums[name] / counts[name] for name, weight in method.weights(run).items())
+
+    key = jax.random.fold_in(KEY, 0)
+    value, gradient = jax.jit(jax.value_and_grad(whole))(state.trainable, key)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    helpers.assert_trees_close(after.optimizer, gradient, atol=1e-5, rtol=1e-5)
+    assert abs(float(value) - float(jax.jit(whole)(state.trainable, jax.random.key(7)))) > 1e-3, "dropout is on"
 
 
 @pytest.mark.parametrize("memory", ["means", "bank"])
@@ -97,8 +125,12 @@ def run_three(name: str, advance: Any, state: step.TrainState, base: dict, place
     return np.array(rows), jax.tree.map(np.array, state.trainable)
 
 
-def on_mesh(name: str, sizes: tuple[int, int, int]) -> tuple[np.ndarray, dict]:
-    """`run_three` on eight devices, parameters and batches spread over them."""
+def on_mesh(name: str, sizes: tuple[int, int, int], micro: int) -> tuple[np.ndarray, dict]:
+    """`run_three` on eight devices, parameters and batches, cut into so many micro-batches, spread over them."""
+
+    def cut(batch: Batch) -> Batch:
+        return jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[2:]), batch)
+
     run, method, optimizer, _ = adam(name)
     state, base = begin(run, method, optimizer)
     made = mesh.make_mesh(*sizes)
@@ -117,7 +149,9 @@ def on_mesh(name: str, sizes: tuple[int, int, int]) -> tuple[np.ndarray, dict]:
     # Without output shardings the compiler may choose others than the input's, and the second step compiles again.
     advance = step.program(run, method, optimizer, spread)
     with jax.set_mesh(made):
-        result = run_three(name, advance, jax.device_put(state, spread), base, lambda b: mesh.put_batch(b, made, 1))
+        result = run_three(
+            name, advance, jax.device_put(state, spread), base, lambda b: mesh.put_batch(cut(b), made, 1)
+        )
     assert advance._cache_size() == 1
     return result
 
@@ -129,12 +163,13 @@ def on_one_device(name: str) -> tuple[np.ndarray, dict]:
 
 
 @pytest.mark.parametrize(
-    "name, sizes",
-    [("sft", (8, 1, 1)), ("in_batch", (2, 2, 2)), ("prototypes", (1, 4, 2))],
+    "name, sizes, micro",
+    [("sft", (8, 1, 1), 1), ("in_batch", (2, 2, 2), 2), ("prototypes", (1, 4, 2), 1)],
 )
-def test_eight_devices_are_one(name: str, sizes: tuple[int, int, int]) -> None:
+def test_eight_devices_are_one(name: str, sizes: tuple[int, int, int], micro: int) -> None:
+    """Losses and parameters; two micro-batches on eight devices are one batch on one."""
     expected, alone = on_one_device(name)
-    found, trained = on_mesh(name, sizes)
+    found, trained = on_mesh(name, sizes, micro)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert len(np.unique(expected[:, 0])) == 3 and np.ptp(expected[:, 0]) > 1e-2, "the steps differ"
     helpers.assert_trees_close(trained, alone, atol=1e-5, rtol=1e-5)

@@ -144,7 +144,8 @@ def test_a_dialogue_without_responder_tokens_pools_to_zero() -> None:
 
     def total(trainable: dict) -> tuple[jax.Array, tuple]:
         hidden = method.states(run, base, batch.inputs, qar.condition(run, trainable, batch.inputs))
-        sums, _ = qar.loss(run, trainable, base, batch, {}, None)
+        sums, update = qar.loss(run, trainable, base, batch, {}, None)
+        sums |= qar.joint(run)(*jax.tree.map(lambda x: x[None], (update, batch)))
         return sums["lm"] + sums["contrast"], qar.embeddings(run, trainable, batch.inputs, hidden)
 
     # With biases of zero its views are zero vectors too, whose direction has no gradient; it is an anchor all the same.

@@ -9,7 +9,6 @@ import grain
 import jax
 import numpy as np
 
-from qaperso.data.contrast import contrast_masks
 from qaperso.data.plan import Place, Plan, Shape, fill
 from qaperso.data.store import Store
 from qaperso.data.text import Encoded
@@ -74,7 +73,7 @@ def make_batch(
       rows: at most `shape.rows` rows of examples.
       shape: of the arrays.
       stranger: for each example whether the model gets row 0 instead of its querier's; None = never.
-      contrast: "none", "prototypes" (labels only) or "in_batch" (labels and masks).
+      contrast: as in the configuration; "none" leaves out what it reads.
 
     Returns:
       A Batch of numpy arrays. Where `stranger` is given, only dialogues that got row 0 are contrasted: an embedding
@@ -84,8 +83,7 @@ def make_batch(
     grid = {name: np.zeros((b, s), np.int32) for name in ("tokens", "segment", "position", "role")}
     target_index, target, weight = np.zeros((b, t), np.int32), np.zeros((b, t), np.int32), np.zeros((b, t), np.float32)
     each = {name: np.zeros((b, m), np.int32) for name in ("querier", "responder", "cluster", "text")}
-    contrasted, label = np.full((b, m), -1, np.int32), np.full((b, m), -1, np.int32)
-    present = np.zeros((b, m), bool)
+    label, present = np.full((b, m), -1, np.int32), np.zeros((b, m), bool)
     for r, row in enumerate(rows):
         start = used = 0
         for k, e in enumerate(row):
@@ -100,18 +98,13 @@ def make_batch(
             each["querier"][r, k] = STRANGER if as_stranger else e.querier
             each["responder"][r, k], each["cluster"][r, k], each["text"][r, k] = e.responder, e.cluster, e.text
             present[r, k] = True
-            if (stranger is None or as_stranger) and e.label >= 0 and (e.role == RESPONDER).any():
-                contrasted[r, k], label[r, k] = e.querier, e.label
+            if (stranger is None or as_stranger) and (e.role == RESPONDER).any():
+                label[r, k] = e.label
             start, used = start + len(e), used + len(predicted)
     text = each.pop("text")
     columns = columns_of([[e.columns for e in row] for row in rows], b, m)
     inputs = Inputs(**grid, **each, attend=grid["segment"] > 0, present=present, columns=columns)
-    comparison = None
-    if contrast != "none":
-        keys = {"querier": contrasted, "responder": inputs.responder, "cluster": inputs.cluster, "text": text}
-        keys = {k: v.reshape(-1) for k, v in keys.items()} | {"index": np.arange(b * m)}
-        masks = contrast_masks(keys, keys) if contrast == "in_batch" else (None, None)
-        comparison = Contrast(label, *masks)
+    comparison = None if contrast == "none" else Contrast(label, text)
     return Batch(inputs, target_index, target, weight, comparison)
 
 

@@ -1,15 +1,42 @@
-"""Who is compared with whom: one pure function for a whole batch on the host and for prototypes on the device."""
+"""Who is compared with whom: a pure function of the keys of dialogues and of class prototypes, for any part of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from jaxtyping import Bool, Shaped
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Int, Shaped
+
+# {querier, responder, cluster, text, index: int32}, all of one length; see `contrast_masks`.
+Keys = dict[str, Shaped[Any, " _"]]
 
 
-def contrast_masks(
-    rows: dict[str, Shaped[Any, " N"]], columns: dict[str, Shaped[Any, " K"]]
-) -> tuple[Bool[Any, "N K"], Bool[Any, "N K"]]:
+def dialogue_keys(label: Int[Any, " N"], text: Int[Any, " N"], classes: Mapping[str, Int[np.ndarray, " C"]]) -> Keys:
+    """Keys of a batch's dialogues.
+
+    Args:
+      label: class of each dialogue; -1 = not contrasted, so nobody's.
+      text: id of each dialogue's text, 0 or more.
+      classes: {querier, responder, cluster} of each class.
+    """
+    own = jnp.maximum(label, 0)
+    keys = {name: jnp.asarray(value)[own] for name, value in classes.items()}
+    keys["querier"] = jnp.where(label >= 0, keys["querier"], -1)
+    return keys | {"text": jnp.asarray(text), "index": jnp.arange(label.size, dtype=jnp.int32)}
+
+
+def class_keys(classes: Mapping[str, Int[np.ndarray, " C"]], held: Bool[Any, " C"] | None = None) -> Keys:
+    """Keys of the classes' prototypes; nobody's where `held` says that a class has none."""
+    keys = {name: jnp.asarray(value) for name, value in classes.items()}
+    if held is not None:
+        keys["querier"] = jnp.where(held, keys["querier"], -1)
+    none = jnp.full_like(keys["querier"], -1)
+    return keys | {"text": none, "index": none}
+
+
+def contrast_masks(rows: Keys, columns: Keys) -> tuple[Bool[Any, "N K"], Bool[Any, "N K"]]:
     """Which columns are positives and which are candidates of each row (numpy or JAX; ours, after arXiv 2412.11736).
 
     Args:
@@ -30,8 +57,3 @@ def contrast_masks(
     itself = (a["index"] == b["index"]) & (a["index"] >= 0)
     positives = same & ((a["text"] != b["text"]) | itself)
     return positives, positives | (near & ~same)
-
-
-def anchors(positives: Bool[Any, "N K"], candidates: Bool[Any, "N K"]) -> Bool[Any, " N"]:
-    """Rows with a positive and a negative: without a negative the term is constant."""
-    return positives.any(1) & (candidates & ~positives).any(1)

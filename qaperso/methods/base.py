@@ -161,17 +161,26 @@ def weights(setting: Setting) -> dict[str, float]:
 
 
 def counts(setting: Setting, batch: Batch, memory: Tree) -> dict[str, Float[Array, ""]]:
-    """Denominator of each loss term; must not depend on parameters."""
+    """Denominator of each loss term; must not depend on parameters. Leaves of `batch` are [K, ...], of all micro-batches."""
     return {"lm": batch.weight.sum()}
 
 
 def loss(
     setting: Setting, params: Tree, base: Tree, batch: Batch, memory: Tree, key: jax.Array | None
 ) -> tuple[dict[str, Float[Array, ""]], Tree]:
-    """Numerator of each loss term, and what `remember` is to write into memory."""
+    """Numerator of each loss term, and what `remember` is to write into memory and `joint` to compare."""
     hidden = states(setting, base, batch.inputs, condition(setting, params, batch.inputs), key)
     per_token = token_losses(setting, params, base, batch, hidden)
     return {"lm": per_token.sum()}, {}
+
+
+def joint(setting: Setting) -> Callable[[Tree, Batch], dict[str, Float[Array, ""]]] | None:
+    """The loss terms that compare dialogues of different micro-batches with each other; None where there are none.
+
+    Returns:
+      (what `loss` gave out, float leaves [K, ...]; batch, leaves [K, ...]) -> numerators.
+    """
+    return None
 
 
 def remember(setting: Setting, memory: Tree, update: Tree) -> Tree:

@@ -27,7 +27,7 @@ from qaperso.data.text import called
 from qaperso.differences import DIALOGUES, REVIEWS, Differences, Quote, Wording
 from qaperso.endpoint import Messages
 from qaperso.methods import Setting
-from qaperso.methods.base import condition, counts, embeddings, loss, reader, remember, weights
+from qaperso.methods.base import condition, counts, embeddings, joint, loss, reader, remember, weights
 from qaperso.methods.prompts import Size, bm25, declare, fitted, named
 from qaperso.types import QUERIER, RESPONDER, Dialogue, Turn
 

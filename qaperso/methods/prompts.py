@@ -27,7 +27,7 @@ from qaperso.data.history import exchanges, history
 from qaperso.data.store import Store
 from qaperso.data.text import called
 from qaperso.methods import Setting
-from qaperso.methods.base import condition, counts, embeddings, loss, reader, remember, weights
+from qaperso.methods.base import condition, counts, embeddings, joint, loss, reader, remember, weights
 from qaperso.types import QUERIER, RESPONDER, Dialogue, Turn
 
 Size = Callable[[Turn], int]

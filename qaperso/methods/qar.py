@@ -9,14 +9,16 @@ stranger has no history: what is contrasted, and found again in retrieval, has s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from qaperso import losses
 from qaperso.data import contrast
+from qaperso.data.contrast import Keys
 from qaperso.errors import UserError
 from qaperso.methods import Setting, base, pplug
 from qaperso.methods.base import preface
@@ -95,18 +97,16 @@ def counts(setting: Setting, batch: Batch, memory: Tree) -> dict[str, Float[Arra
     """Predicted tokens; anchors of the contrast."""
     result = base.counts(setting, batch, memory)
     if setting.config.qar.contrast != "none":
-        if setting.config.qar.contrast == "in_batch":
-            masks = batch.contrast.positives, batch.contrast.candidates
-        else:
-            masks = _class_masks(setting, batch, memory)
-        result["contrast"] = contrast.anchors(*masks).sum().astype(jnp.float32)
+        rows = _keys(setting, batch)
+        columns = rows if setting.config.qar.contrast == "in_batch" else _class_keys(setting, memory)
+        result["contrast"] = losses.count_anchors(rows, columns)
     return result
 
 
 def loss(
     setting: Setting, params: Tree, base_params: Tree, batch: Batch, memory: Tree, key: jax.Array | None
 ) -> tuple[dict[str, Float[Array, ""]], Tree]:
-    """LM and contrast numerators; the views and classes that the memory is to hold."""
+    """LM numerator and that of the contrast with prototypes; the views, and for the memory their classes."""
     qar = setting.config.qar
     batch = batch.replace(inputs=pplug.forget(setting, batch.inputs, key))
     embedded = _pin_padding(setting, base_params) if setting.config.compat == "paper" else base_params
@@ -116,21 +116,32 @@ def loss(
         return result, {}
     pooled, _ = embeddings(setting, params, batch.inputs, hidden)
     heads = params["heads"] | memory.get("heads", {})
-    views = [v.reshape(-1, qar.head_dim) for v in towers.views(heads, pooled, batch.inputs.cluster)]
+    views = tuple(v.reshape(-1, qar.head_dim) for v in towers.views(heads, pooled, batch.inputs.cluster))
     if qar.contrast == "in_batch":
-        masks = batch.contrast.positives, batch.contrast.candidates
-        result["contrast"] = losses.in_batch(*views, *masks, qar.temperature)
-        return result, {}
+        return result, {"views": jnp.stack(views)}
     means, filled = losses.read_memory(memory["prototypes"])
-    masks = _class_masks(setting, batch, memory)
+    keys = _keys(setting, batch), _class_keys(setting, memory)
     if setting.config.compat == "paper":
         # An empty prototype is a constant direction and stays a candidate.
         means = jnp.where(filled[None, :, None], means, 1e-6)
-    total = losses.prototype(tuple(views), means, *masks, qar.temperature)
+    total = losses.prototype(views, means, *keys, qar.temperature)
     if setting.config.compat == "paper":
-        total = jnp.clip(total, 0.0, PAPER_CLIP * contrast.anchors(*masks).sum())
+        total = jnp.clip(total, 0.0, PAPER_CLIP * losses.count_anchors(*keys))
     result["contrast"] = total
     return result, {"views": jnp.stack(views), "label": batch.contrast.label.reshape(-1)}
+
+
+def joint(setting: Setting) -> Callable[[Tree, Batch], dict[str, Float[Array, ""]]] | None:
+    """The contrast within the batch, all its micro-batches together; prototypes are compared with one dialogue at a time."""
+    if setting.config.qar.contrast != "in_batch":
+        return None
+
+    def compare(update: Tree, batch: Batch) -> dict[str, Float[Array, ""]]:
+        # In the order of `_keys`.
+        views = jnp.moveaxis(update["views"], 0, 2).reshape(2, -1, setting.config.qar.head_dim)
+        return {"contrast": losses.in_batch(tuple(views), _keys(setting, batch), setting.config.qar.temperature)}
+
+    return compare
 
 
 def remember(setting: Setting, memory: Tree, update: Tree) -> Tree:
@@ -157,18 +168,14 @@ def _pin_padding(setting: Setting, base_params: Tree) -> Tree:
     return {**base_params, "embed": embed.at[pad].set(jax.lax.stop_gradient(embed[pad]))}
 
 
-def _class_masks(setting: Setting, batch: Batch, memory: Tree) -> tuple[Bool[Array, "N C"], Bool[Array, "N C"]]:
-    """Positive and candidate classes of each dialogue. A class with no members yet is no candidate (paper: it is)."""
-    classes = {k: jnp.asarray(v) for k, v in setting.classes.items()}
-    label = batch.contrast.label.reshape(-1)
-    own = jnp.maximum(label, 0)
-    rows = {k: classes[k][own] for k in ("responder", "cluster")}
-    rows["querier"] = jnp.where(label >= 0, classes["querier"][own], -1)
-    rows |= {"text": jnp.zeros_like(label), "index": jnp.arange(label.size)}
-    count = classes["querier"].shape[0]
-    columns = classes | {"text": jnp.full(count, -1), "index": jnp.full(count, -1)}
-    positives, candidates = contrast.contrast_masks(rows, columns)
-    if setting.config.compat != "paper":
-        _, filled = losses.read_memory(memory["prototypes"])
-        positives, candidates = positives & filled, candidates & filled
-    return positives, candidates
+def _keys(setting: Setting, batch: Batch) -> Keys:
+    """Keys of the dialogues, of one micro-batch or of K; rows first, so that those of a device's rows stay together."""
+    both = batch.contrast.label, batch.contrast.text
+    label, text = (x.reshape(-1, x.shape[-2] * x.shape[-1]).T.reshape(-1) for x in both)
+    return contrast.dialogue_keys(label, text, setting.classes)
+
+
+def _class_keys(setting: Setting, memory: Tree) -> Keys:
+    """Keys of the prototypes. A class with no members yet is no candidate (paper: it is)."""
+    paper = setting.config.compat == "paper"
+    return contrast.class_keys(setting.classes, None if paper else losses.read_memory(memory["prototypes"])[1])

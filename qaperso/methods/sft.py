@@ -5,6 +5,7 @@ from qaperso.methods.base import (
     counts,
     declare,
     embeddings,
+    joint,
     loss,
     preface,
     reader,
