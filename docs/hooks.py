@@ -111,8 +111,9 @@ def table(folder: str) -> str:
         lines.insert(0, f"{told[folder]}\n")
     for name in names:
         key = f"{folder}.{name}" if folder else name
-        cells = (f"`{key}`", f"`{configs.get(config, key)!r}`", allowed(key), told.get(key, ""))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        # Within code a pipe ends no cell.
+        said = told.get(key, "").replace("|", "\\|")
+        lines.append(f"| `{key}` | `{configs.get(config, key)!r}` | {allowed(key)} | {said} |")
     return "\n".join(lines)
 
 
