@@ -28,6 +28,7 @@ LANGUAGES = {".py": "python", ".sh": "bash", ".toml": "toml", ".yml": "yaml", ".
 _OUTSIDE = re.compile(r"\]\(\.\./([^)#\s]+)\)")
 _KEYS = re.compile(r"^<!-- keys: (\w*) -->$", re.M)
 _FILES = re.compile(r"^<!-- files -->$", re.M)
+_NAME = re.compile(r"<code>(?=[^<\s]{1,32}</code>)")
 _MATH = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
@@ -51,8 +52,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Draws equations."""
-    return drawn(html)
+    """Draws equations, and keeps names on one line: an option would break after its hyphens."""
+    return _NAME.sub('<code class="name">', drawn(html))
 
 
 def linked(markdown: str) -> set[str]:
@@ -84,7 +85,8 @@ def filled(markdown: str) -> str:
     """The reference of configurations with its tables."""
     tables = {name: table(name) for name in folders()}
     named = set(_KEYS.findall(markdown))
-    rest = "".join(f"\n\n### `{name}`\n\n{text}" for name, text in tables.items() if name not in named)
+    said = comments()
+    rest = "".join(f"\n\n### {n}\n\n{said.get(n, '')}\n\n{text}" for n, text in tables.items() if n not in named)
     last = list(_KEYS.finditer(markdown))[-1]
     markdown = markdown[: last.end()] + rest + markdown[last.end() :]
     markdown = _KEYS.sub(lambda found: tables[found[1]], markdown)
@@ -107,8 +109,6 @@ def table(folder: str) -> str:
     config, told = configs.default(), comments()
     names = list(dict(config[folder])) if folder else [n for n in order() if not isinstance(config[n], ConfigDict)]
     lines = ["| key | default | allowed | |", "|---|---|---|---|"]
-    if folder in told:
-        lines.insert(0, f"{told[folder]}\n")
     for name in names:
         key = f"{folder}.{name}" if folder else name
         # Within code a pipe ends no cell.
@@ -118,7 +118,7 @@ def table(folder: str) -> str:
 
 
 def allowed(key: str) -> str:
-    """The type of a key and its bounds or choices, as `config.load` checks them."""
+    """The type of a key and its bounds or choices, as `config.load` checks them; ↻ = may change when a run goes on."""
     value = configs.get(configs.default(), key)
     text = type(value).__name__
     if key in configs.CHOICES:
@@ -129,7 +129,7 @@ def allowed(key: str) -> str:
         text += ", from 0"
     elif key in configs.POSITIVE or key.split(".")[0] in configs.POSITIVE:
         text += ", above 0"
-    return text + ("; may change when a run goes on" if key.split(".")[0] in configs.OPERATIONAL else "")
+    return text + (" ↻" if key.split(".")[0] in configs.OPERATIONAL else "")
 
 
 def comments() -> dict[str, str]:
