@@ -1,8 +1,8 @@
 # make demo   the main job on the embedded town, start to finish, a few minutes on two cores
 # make test   every fast test;  make prove  the slow tier, which writes docs/evidence
+# make docs   the documentation as a site, in site/
 # make results  what is missing of a suite's runs, resumable (MINUTES=30), and its table
 # make faults  kills training processes, TRIALS times each kind, and checks what the runs end with
-# make docs   the documentation as a site, in site/
 # make bench  every benchmark, tens of minutes on two cores: benchmarks/results.json and a table
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +21,7 @@ SUITE ?= suite_town
 # Huge pages for large arrays (glibc on Linux): faster training steps on CPUs. Other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test prove results faults bench docs lint smollm2 extras clean
+.PHONY: demo test prove results faults bench lint smollm2 extras clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d found, 3.11 or newer needed; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -36,10 +36,6 @@ $(VENV)/.tested: $(VENV)/.installed
 
 $(VENV)/.benched: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[bench]'
-	touch $@
-
-$(VENV)/.documented: $(VENV)/.installed
-	$(RUN) -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -64,6 +60,11 @@ faults: $(VENV)/.installed
 
 bench: $(VENV)/.benched smollm2
 	$(RUN) benchmarks/bench.py $(if $(DATA),--data $(DATA))
+
+.PHONY: docs
+$(VENV)/.documented: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 docs: $(VENV)/.documented
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
