@@ -115,11 +115,16 @@ def test_model(tmp_path: Path) -> None:
     assert config.family == "mistral"
     params = hf.load(tmp_path / "model", config, jnp.float32)
     tokens = np.random.default_rng(0).integers(0, 48, (2, 20))
-    place, ones = jnp.broadcast_to(jnp.arange(20), tokens.shape), jnp.ones(tokens.shape, jnp.int32)
-    hidden = decoder.forward(params, jnp.asarray(tokens), place, ones, ones > 0, config)
+
+    @jax.jit
+    def logits(params: dict, tokens: jax.Array) -> jax.Array:
+        place, ones = jnp.broadcast_to(jnp.arange(20), tokens.shape), jnp.ones(tokens.shape, jnp.int32)
+        hidden = decoder.forward(params, tokens, place, ones, ones > 0, config)
+        return decoder.logits(params, hidden, config)
+
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-    np.testing.assert_allclose(decoder.logits(params, hidden, config), expected, atol=1e-4)
+    np.testing.assert_allclose(logits(params, tokens), expected, atol=1e-4)
     with pytest.raises(UserError, match=re.escape("c: sliding_window is 4096, supported is null")):
         module.from_hf(said | {"sliding_window": 4096}, "c")
     with pytest.raises(UserError, match="model_type is 'mistral', supported are llama, qwen2, qwen3"):
