@@ -1,5 +1,6 @@
 # make demo   the main job on the embedded town, start to finish, a few minutes on two cores
 # make test   every fast test;  make prove  the slow tier, which writes docs/evidence
+# make docs   the documentation as a site, in site/
 # make results  what is missing of a suite's runs, resumable (MINUTES=30), and its table
 # make faults  kills training processes, TRIALS times each kind, and checks what the runs end with
 # make bench  every benchmark, tens of minutes on two cores: benchmarks/results.json and a table
@@ -59,6 +60,14 @@ faults: $(VENV)/.installed
 
 bench: $(VENV)/.benched smollm2
 	$(RUN) benchmarks/bench.py $(if $(DATA),--data $(DATA))
+
+.PHONY: docs
+$(VENV)/.documented: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.documented
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lint: $(VENV)/.tested
 	$(VENV)/bin/ruff check .

@@ -50,6 +50,9 @@ class DecoderConfig:
 
 # The value transformers assumes where config.json is silent; it is silent about a key only in old or hand-written files.
 _DEFAULT_MAX_POSITION = {"llama": 2048, "qwen2": 32768, "qwen3": 32768}
+# Biases that a configuration may ask for. Qwen2 models always have q/k/v biases and no other, whatever such a key says;
+# Qwen3 ones have no mlp_bias.
+_BIASES = {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -171,8 +174,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str, layers: int, whe
     """Raises UserError where the file asks for something that the decoder would silently leave out."""
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         raise UserError(f"{where}: hidden_act is {config['hidden_act']!r}, supported is 'silu'")
-    # Qwen2 models always have q/k/v biases and no other, whatever such a key says; Qwen3 ones have no mlp_bias.
-    for key in {"llama": ("attention_bias", "mlp_bias"), "qwen2": (), "qwen3": ("attention_bias",)}[family]:
+    for key in _BIASES[family]:
         if config.get(key):
             raise UserError(f"{where}: {key} is true, supported for {family} is false: choose a model without biases")
     window = config.get("sliding_window") if config.get("use_sliding_window") else None
