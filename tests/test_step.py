@@ -53,7 +53,8 @@ def begin(run: Setting, method: ModuleType, optimizer: optax.GradientTransformat
     return step.init_state(optimizer, helpers.shaken(trainable), memory), base
 
 
-@pytest.mark.parametrize("name", ["prototypes", "in_batch"])
+# Slow: that of the batch has a faster test on eight devices below.
+@pytest.mark.parametrize("name", ["prototypes", pytest.param("in_batch", marks=pytest.mark.slow)])
 def test_micro_batches_are_one_batch(name: str) -> None:
     """Within the batch too, whose dialogues find their partners in the other micro-batch."""
     run, method, optimizer, advance = adam(name)
