@@ -108,6 +108,8 @@ def test_scripts_have_the_options_that_pages_give_them() -> None:
         for script, rest in re.findall(r"((?:launch/\w+\.sh|benchmarks/\w+\.py)) ([^`\n]*)", text):
             words = shlex.split(END.sub("", rest.partition(" -- ")[0]), comments=True)
             known = (ROOT / script).read_text(encoding="utf-8")
+            if "import common" in known:
+                known += (ROOT / "benchmarks" / "common.py").read_text(encoding="utf-8")
             for word in words:
                 # Those with "=" are sbatch's own; keys of the configuration are checked with configurations.
                 if word.startswith("--") and "=" not in word:
