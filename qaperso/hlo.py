@@ -8,7 +8,6 @@ in each of them, under one channel: it counts once.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -139,12 +138,14 @@ def cost(text: str) -> Cost:
 
     @functools.cache
     def of(name: str, fused: bool) -> Cost:
-        inside, total = computations[name], Cost()
+        inside, total, beside = computations[name], Cost(), ()
         for one in inside.values():
             total += Cost(_flops(one, inside))
             total += Cost(collectives=_collectives(one, inside, fused))
             if one.opcode == "fusion":
-                total += of(one.called("calls"), True)
+                inner = of(one.called("calls"), True)
+                beside += inner.collectives
+                total += inner
             elif one.opcode == "while":
                 total += of(one.called("body"), False).repeated(_trips(one, computations))
             elif one.opcode in ("call", "async-start"):
@@ -154,7 +155,11 @@ def cost(text: str) -> Cost:
                 total += max(branches, key=lambda c: (c.flops, c.hbm_bytes))
             if not fused:
                 total += Cost(hbm_bytes=_traffic(one, inside, computations))
-        return total if fused else total.once()
+        if fused:
+            return total
+        # What arrives beside other kernels is written once, whichever of them lists it.
+        arriving = Cost(collectives=beside).once().collectives
+        return total.once() + Cost(hbm_bytes=sum((c.bytes for c in arriving), 0.0))
 
     return of(entry, False)
 
@@ -307,7 +312,7 @@ def _traffic(one: Instruction, inside: Computation, computations: Mapping[str, C
     if one.opcode in FREE or one.opcode.endswith("-done"):
         return 0.0
     if one.opcode == "fusion":
-        return _fusion_traffic(one, inside, computations[one.called("calls")])
+        return _fusion_traffic(one, inside, computations)
     operands = _operands(one, inside)
     read, written = _main(operands), _main(one.result)
     if one.opcode in SLICES:
@@ -326,32 +331,57 @@ def _main(arrays: Sequence[Array]) -> float:
     return sum((a.bytes for a in arrays if a.main), 0.0)
 
 
-def _fusion_traffic(one: Instruction, inside: Computation, fused: Computation) -> float:
-    """Of a fused kernel: what it slices of an operand, what it updates of a result, else all of them."""
-    users: dict[str, list[tuple[Instruction, int]]] = collections.defaultdict(list)
-    for other in fused.values():
-        for place, name in enumerate(other.operands):
-            users[name].append((other, place))
+def _fusion_traffic(one: Instruction, inside: Computation, computations: Mapping[str, Computation]) -> float:
+    """Of a fused kernel: what it slices of an operand, what it updates of a result, else all of them.
 
-    def consumers(name: str) -> Iterator[tuple[Instruction, int]]:
-        for user, place in users[name]:
-            yield from consumers(user.name) if user.opcode == "bitcast" else [(user, place)]
-
-    total = 0.0
-    parameters = {int(one.rest): one for one in fused.values() if one.opcode == "parameter"}
+    What only passes through, and what communication beside the kernel sends and receives, is not the kernel's.
+    """
+    fused, total = computations[one.called("calls")], 0.0
+    parameters = _parameters(fused)
     for number, array in enumerate(_operands(one, inside)):
-        if not array.main:
-            continue
-        used = list(consumers(parameters[number].name))
-        if used and all(u.opcode in SLICES and place == 0 for u, place in used):
-            total += min(array.bytes, sum(u.result[0].bytes for u, _ in used))
-        elif not (used and all(u.opcode == "dynamic-update-slice" and place == 0 for u, place in used)):
-            total += array.bytes
-    for array, source in zip(one.result, _sources(fused), strict=False):
         if array.main:
-            updated = source is not None and source.opcode == "dynamic-update-slice"
-            total += sum(a.bytes for a in fused[source.operands[1]].result) if updated else array.bytes
+            total += _read(array, list(_consumers(parameters[number].name, fused, computations)))
+    for array, source in zip(one.result, _sources(fused), strict=False):
+        if array.main and source is not None and source.opcode == "dynamic-update-slice":
+            total += sum(a.bytes for a in fused[source.operands[1]].result)
+        elif array.main and (source is None or not _passes(source)):
+            total += array.bytes
     return total
+
+
+def _passes(one: Instruction) -> bool:
+    """Whether an instruction of a kernel moves nothing for it: what is handed on, and communication."""
+    return one.kind in ("parameter", "tuple", *COLLECTIVES) or "AsyncCollective" in one.rest
+
+
+def _parameters(computation: Computation) -> dict[int, Instruction]:
+    return {int(one.rest): one for one in computation.values() if one.opcode == "parameter"}
+
+
+def _consumers(
+    name: str, inside: Computation, computations: Mapping[str, Computation]
+) -> Iterator[tuple[Instruction, int]]:
+    """What uses a value, and as which operand; bitcasts and fusions within the fusion are looked through."""
+    for user in inside.values():
+        for place, operand in enumerate(user.operands):
+            if operand != name:
+                continue
+            if user.opcode == "bitcast":
+                yield from _consumers(user.name, inside, computations)
+            elif user.opcode == "fusion":
+                inner = computations[user.called("calls")]
+                yield from _consumers(_parameters(inner)[place].name, inner, computations)
+            else:
+                yield user, place
+
+
+def _read(array: Array, used: Sequence[tuple[Instruction, int]]) -> float:
+    """Bytes of an operand that a kernel reads, by what it does with it."""
+    used = [(user, place) for user, place in used if not _passes(user)]
+    if any(place or user.opcode not in (*SLICES, "dynamic-update-slice") for user, place in used):
+        return array.bytes
+    # What is updated in place is not read.
+    return min(array.bytes, sum((user.result[0].bytes for user, _ in used if user.opcode in SLICES), 0.0))
 
 
 def _sources(fused: Computation) -> list[Instruction | None]:

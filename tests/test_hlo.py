@@ -147,6 +147,50 @@ def test_loops_without_a_written_count_and_gathers_beside_kernels(test: str, tim
     assert [(c.channel, c.times) for c in found] == [(9, times), (10, times)]
 
 
+BESIDE = """%slices (all: f32[32,8], i: s32[]) -> f32[8] {
+  %all = f32[32,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %row = f32[1,8]{1,0} dynamic-slice(%all, %i, %i), dynamic_slice_sizes={1,8}
+  ROOT %flat = f32[8]{0} bitcast(%row)
+}
+
+%first (p.0: f32[2], p.1: f32[8], p.2: f32[32,8], p.3: s32[]) -> (f32[8], f32[2], f32[8]) {
+  %p.0 = f32[2]{0} parameter(0)
+  %p.1 = f32[8]{0} parameter(1)
+  %p.2 = f32[32,8]{1,0} parameter(2)
+  %p.3 = s32[] parameter(3)
+  %g = f32[8]{0} all-gather(%p.0), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  %own = f32[8]{0} fusion(%p.2, %p.3), kind=kLoop, calls=%slices
+  %twice = f32[8]{0} add(%own, %own)
+  ROOT %t = (f32[8]{0}, f32[2]{0}, f32[8]{0}) tuple(%twice, %p.0, %g)
+}
+
+%last (q.0: f32[2], q.1: f32[8]) -> f32[8] {
+  %q.0 = f32[2]{0} parameter(0)
+  %q.1 = f32[8]{0} parameter(1)
+  %h = f32[8]{0} all-gather(%q.0), channel_id=5, replica_groups=[1,4]<=[4], dimensions={0}
+  ROOT %done = f32[8]{0} custom-call(%q.0, %q.1, %h), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[2], b: f32[8], c: f32[32,8], i: s32[]) -> f32[8] {
+  %a = f32[2]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %c = f32[32,8]{1,0} parameter(2)
+  %n = s32[]{:S(2)} parameter(3)
+  %k = (f32[8]{0}, f32[2]{0}, f32[8]{0}) fusion(%a, %b, %c, %n), kind=kCustom, calls=%first
+  %x = f32[2]{0} get-tuple-element(%k), index=1
+  %y = f32[8]{0} get-tuple-element(%k), index=2
+  ROOT %z = f32[8]{0} fusion(%x, %y), kind=kCustom, calls=%last
+}
+"""
+
+
+def test_traffic_of_kernels_within_kernels_and_beside_communication() -> None:
+    """A row of 32 read and one written by the kernel; the gathered array arrives once, whichever kernels list it."""
+    found = hlo.cost(BESIDE)
+    assert found.hbm_bytes == (32 + 32) + 32 and len(found.collectives) == 1
+
+
 def test_strings_of_arrays() -> None:
     assert str(Array("f32", (3, 8))) == "f32[3,8]" and str(Array("s32", ())) == "s32[]"
     assert Array("pred", (3, 8)).bytes == 24 and Array("token", ()).bytes == 0
