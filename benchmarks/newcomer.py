@@ -154,12 +154,11 @@ def main() -> int:
     for who, said in replies.items():
         print(f"{who}: {said}")
     if options.json:
-        found: dict[str, Any] = {
-            "seconds": clock.seconds,
-            "total": total,
-            "replies": replies,
-            "machine": common.facts(),
-        }
+        # What was cloned is what is committed, whatever else lies here.
+        words = ["git", "ls-remote", options.source, "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[0]
+        machine = common.facts() | {"commit": commit}
+        found: dict[str, Any] = {"seconds": clock.seconds, "total": total, "replies": replies, "machine": machine}
         options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
