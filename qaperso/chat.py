@@ -1,7 +1,8 @@
 """python -m qaperso.chat --workdir DIR --querier NAME [NAME ...] [--once TEXT]
 
 Talks to a run as somebody it knows, or as "stranger"; replies appear as they are written. With several queriers each text is
-answered to all of them at once, on a terminal side by side, elsewhere a line each. Lines may also come from a pipe. Commands:
+answered to all of them at once, on a terminal side by side, elsewhere one after the other. Lines may also come from a pipe.
+Commands:
 
     /as NAME          go on as somebody else, from the beginning
     /compare [TEXT]   what several queriers are told when they ask this, or else what was asked last
@@ -95,12 +96,14 @@ def answer_one(model: Model, history: list[Turn], querier: str, text: str, respo
 
 
 def answer_all(model: Model, queriers: Sequence[str], text: str, responder: str, how: Sampling) -> None:
-    """One query of several queriers: on a terminal side by side as the replies are written, elsewhere a line each."""
+    """One query of several: on a terminal side by side as the replies are written, elsewhere one after the other."""
     console, run = Console(), model.run
     if not console.is_terminal:
         found = reply.answers(model, text, queriers, responder, how)
         width = max(map(len, queriers))
-        print("\n".join(f"{querier:<{width}}  {said}" for querier, said in found.items()))
+        for querier, said in found.items():
+            # Lines of one reply stand under each other, so that the next name is not lost among them.
+            print(f"{querier:<{width}}  " + said.replace("\n", "\n" + " " * (width + 2)))
         return
     asked = [reply.question(run, [], q, text, responder) for q in queriers]
     rows = [run.registry.row(q) for q in queriers]
