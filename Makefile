@@ -3,6 +3,7 @@
 # make docs   the documentation as a site, in site/
 # make results  what is missing of a suite's runs, resumable (MINUTES=30), and its table
 # make faults  kills training processes, TRIALS times each kind, and checks what the runs end with
+# make notebook  runs the notebook from top to bottom on a few steps;  make newcomer  times the way from a clone to a reply
 # make bench  every benchmark, tens of minutes on two cores: benchmarks/results.json and a table
 PYTHON ?= python3
 VENV := .venv
@@ -21,7 +22,7 @@ SUITE ?= suite_town
 # Huge pages for large arrays (glibc on Linux): faster training steps on CPUs. Other systems ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test prove results faults bench lint smollm2 extras clean
+.PHONY: demo test docs prove results faults notebook newcomer bench lint smollm2 extras clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python %d.%d found, 3.11 or newer needed; set PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
@@ -36,6 +37,10 @@ $(VENV)/.tested: $(VENV)/.installed
 
 $(VENV)/.benched: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+$(VENV)/.notebook: $(VENV)/.installed
+	$(RUN) -m pip install --quiet --editable '.[notebook]'
 	touch $@
 
 demo: $(VENV)/.installed
@@ -58,10 +63,16 @@ results: $(VENV)/.installed
 faults: $(VENV)/.installed
 	$(RUN) benchmarks/faults.py --trials $(TRIALS)
 
+notebook: $(VENV)/.notebook
+	$(RUN) notebooks/execute.py --steps 20
+
+newcomer: $(VENV)/.tested
+	mkdir -p $(RUNS)
+	$(RUN) benchmarks/newcomer.py --json $(RUNS)/newcomer.json --screenshot $(RUNS)/newcomer.png
+
 bench: $(VENV)/.benched smollm2
 	$(RUN) benchmarks/bench.py $(if $(DATA),--data $(DATA))
 
-.PHONY: docs
 $(VENV)/.documented: $(VENV)/.installed
 	$(RUN) -m pip install --quiet --editable '.[docs]'
 	touch $@

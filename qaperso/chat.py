@@ -1,7 +1,8 @@
 """python -m qaperso.chat --workdir DIR --querier NAME [NAME ...] [--once TEXT]
 
 Talks to a run as somebody it knows, or as "stranger"; replies appear as they are written. With several queriers each text is
-answered to all of them, side by side. Lines may also come from a pipe. Commands:
+answered to all of them at once, on a terminal side by side, elsewhere one after the other. Lines may also come from a pipe.
+Commands:
 
     /as NAME          go on as somebody else, from the beginning
     /compare [TEXT]   what several queriers are told when they ask this, or else what was asked last
@@ -19,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -33,6 +36,45 @@ from qaperso.types import Turn
 
 # Others who are compared with whoever talks, where no others are named.
 OTHERS = 3
+# Characters that a reply beside others takes at least.
+COLUMN = 26
+
+
+def open_model(workdir: Path) -> Model:
+    """A trained run's best checkpoint, ready to reply, with whoever was enrolled.
+
+    Args:
+      workdir: its folder, or the Hub name of one that was exported.
+
+    Raises:
+      UserError: no run there, or one that cannot be opened.
+    """
+    return ready(open_run(workdir))
+
+
+def ready(run: Run) -> Model:
+    """An opened run's best checkpoint, ready to reply.
+
+    Raises:
+      UserError: it cannot be restored.
+    """
+    trainable = restore(run)[0]
+    writers.ready(run, trainable)
+    return prepare(run, trainable)
+
+
+def responder_of(run: Run, name: str | None = None) -> str:
+    """Who answers: the run's only responder, or the one of that name.
+
+    Raises:
+      UserError: the run has several and none was named, or nobody of that name.
+    """
+    names = run.registry.responders
+    if name is None and len(names) > 1:
+        raise UserError(f"the run has {len(names)} responders; choose one with --responder{nearest('', names)}")
+    if name is not None and name not in names:
+        raise UserError(f"responder '{name}' is not known to this run{nearest(name, names)}")
+    return name or names[0]
 
 
 def answer_one(model: Model, history: list[Turn], querier: str, text: str, responder: str, how: Sampling) -> None:
@@ -54,17 +96,42 @@ def answer_one(model: Model, history: list[Turn], querier: str, text: str, respo
 
 
 def answer_all(model: Model, queriers: Sequence[str], text: str, responder: str, how: Sampling) -> None:
-    """One query of several queriers, answered side by side."""
-    run = model.run
+    """One query of several: on a terminal side by side as the replies are written, elsewhere one after the other."""
+    console, run = Console(), model.run
+    if not console.is_terminal:
+        found = reply.answers(model, text, queriers, responder, how)
+        width = max(map(len, queriers))
+        for querier, said in found.items():
+            # Lines of one reply stand under each other, so that the next name is not lost among them.
+            print(f"{querier:<{width}}  " + said.replace("\n", "\n" + " " * (width + 2)))
+        return
     asked = [reply.question(run, [], q, text, responder) for q in queriers]
-    found = reply.replies(model, asked, [run.registry.row(q) for q in queriers], [how] * len(asked))
+    rows = [run.registry.row(q) for q in queriers]
+    said = [""] * len(asked)
+    console.print(Text(f"{text}  ({responder} replies)", style="bold"))
+    with Live(side_by_side(queriers, said, console.width), console=console, auto_refresh=False) as live:
+        for i, piece in reply.streams(model, asked, rows, [how] * len(asked)):
+            said[i] += piece
+            live.update(side_by_side(queriers, said, console.width), refresh=True)
+
+
+def side_by_side(queriers: Sequence[str], said: Sequence[str], width: int) -> Table:
+    """Replies in columns as wide as each other, as many beside each other as a terminal has room for.
+
+    Args:
+      queriers: who is told.
+      said: what, so far.
+      width: of the terminal, in characters.
+    """
+    across = min(len(queriers), max(1, width // COLUMN))
+    table = Table.grid(expand=True, padding=(0, 1))
+    for _ in range(across):
+        table.add_column(ratio=1)
     # Text, since what people say may look like markup.
-    table = Table(title=Text(text), show_lines=True)
-    table.add_column("querier")
-    table.add_column(Text(f"{responder} replies"))
-    for querier, said in zip(queriers, found, strict=True):
-        table.add_row(Text(querier), Text(said))
-    Console().print(table)
+    panels = [Panel(Text(t), title=Text(q), title_align="left") for q, t in zip(queriers, said, strict=True)]
+    for start in range(0, len(panels), across):
+        table.add_row(*panels[start : start + across])
+    return table
 
 
 @dataclasses.dataclass
@@ -208,12 +275,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run = open_run(Path(known.workdir))
     for querier in known.querier:
         run.registry.row(querier)
-    responder = _responder(run, known.responder)
+    responder = responder_of(run, known.responder)
     if known.once is not None and not known.once.strip():
         raise UserError("--once is empty; give the text of a query")
-    trainable = restore(run)[0]
-    writers.ready(run, trainable)
-    model = prepare(run, trainable)
+    model = ready(run)
     g = run.config.generate
     how = Sampling(
         known.max_new_tokens or g.max_new_tokens,
@@ -240,15 +305,6 @@ def _check_sampling(known: argparse.Namespace) -> None:
         raise UserError(f"--top-p is {known.top_p}, expected more than 0, at most 1")
     if known.max_new_tokens is not None and known.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens is {known.max_new_tokens}, expected 1 or more")
-
-
-def _responder(run: Run, name: str | None) -> str:
-    names = run.registry.responders
-    if name is None and len(names) > 1:
-        raise UserError(f"the run has {len(names)} responders; choose one with --responder{nearest('', names)}")
-    if name is not None and name not in names:
-        raise UserError(f"responder '{name}' is not known to this run{nearest(name, names)}")
-    return name or names[0]
 
 
 if __name__ == "__main__":

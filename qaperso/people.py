@@ -30,6 +30,8 @@ Tree = Any
 FOLDER, LOCK = "enrolled", ".people.lock"
 # Of the files above; another one is refused.
 LAYOUT = 1
+# Rows that decide how a map lies, at most.
+MAPPED = 4096
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +87,27 @@ def with_row(trainable: Tree, row: int, vector: Float[Array | np.ndarray, " D"])
     if not 0 <= row < len(table):
         raise UserError(f"found row {row}, expected one of the table's {len(table)}; raise config.data.spare_rows")
     return {**trainable, "tower": {**trainable["tower"], "rows": table.at[row].set(vector.astype(table.dtype))}}
+
+
+class Plane:
+    """The plane of the two directions in which rows differ most (principal components), -1 to 1 along the wider."""
+
+    def __init__(self, rows: Float[Array | np.ndarray, "Q D"]):
+        """Finds the plane of rows, an even spread of MAPPED of many; with fewer than three it has less than two directions."""
+        rows = np.asarray(rows[:: 1 + len(rows) // MAPPED], np.float64)
+        self._mean = rows.mean(0)
+        _, _, axes = np.linalg.svd(rows - self._mean, full_matrices=False)
+        axes = axes[:2]
+        # The sign of a direction is anybody's choice: its largest element is positive.
+        at = np.abs(axes).argmax(1)
+        self._axes = axes * np.sign(axes[np.arange(len(axes)), at])[:, None]
+        reach = np.abs((rows - self._mean) @ self._axes.T).max()
+        self._scale = 1 / reach if reach > 0 else 1.0
+
+    def place(self, vector: Float[Array | np.ndarray, " D"]) -> list[float]:
+        """Where a row lies, [x, y]; others than those that the plane was made of may lie beyond 1."""
+        found = ((np.asarray(vector) - self._mean) @ self._axes.T * self._scale).round(4).tolist()
+        return [*found, 0.0, 0.0][:2]
 
 
 def digest(trainable: Tree) -> str:

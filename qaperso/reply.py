@@ -80,12 +80,51 @@ def replies(
 
 def stream(model: Model, dialogue: Dialogue, row: int, sampling: Sampling) -> Iterator[str]:
     """One reply piece by piece; the pieces together are the reply."""
-    batcher, pieces = Batcher(model, 1), Pieces(model.run)
-    batcher.submit(make_prompt(model.run, dialogue), row, sampling)
+    for _, piece in streams(model, [dialogue], [row], [sampling]):
+        yield piece
+
+
+def streams(
+    model: Model, dialogues: Sequence[Dialogue], rows: Sequence[int], samplings: Sequence[Sampling]
+) -> Iterator[tuple[int, str]]:
+    """Replies that are written at one time: whose turn it is, by place among the dialogues, and the next piece of that reply.
+
+    Args:
+      model, dialogues, rows, samplings: as for `replies`, whose replies the pieces make up.
+    """
+    run = model.run
+    run.annotate([dataclasses.replace(d, replies=()) for d in dialogues])
+    batcher = Batcher(model, generate.bucket(len(dialogues), smallest=1))
+    prompts = [make_prompt(run, d) for d in dialogues]
+    place = {batcher.submit(*each): i for i, each in enumerate(zip(prompts, rows, samplings, strict=True))}
+    pieces = [Pieces(run) for _ in prompts]
     while batcher.busy:
         for progress in batcher.step():
-            if piece := pieces.add(progress.tokens, progress.finished):
-                yield piece
+            i = place[progress.handle]
+            if piece := pieces[i].add(progress.tokens, progress.finished):
+                yield i, piece
+
+
+def answers(
+    model: Model, text: str, queriers: Sequence[str], responder: str, sampling: Sampling | None = None
+) -> dict[str, str]:
+    """What each querier is told when all ask the same, without anything said before.
+
+    Args:
+      model: from `batching.prepare`.
+      text: the query.
+      queriers: names that the run knows, or "stranger".
+      responder: who answers.
+      sampling: how; None = as the run's configuration has it.
+
+    Raises:
+      UserError: a name is not known, or the query fits no row.
+    """
+    run, g = model.run, model.run.config.generate
+    how = sampling or Sampling(g.max_new_tokens, g.temperature, g.top_p)
+    asked = [question(run, [], querier, text, responder) for querier in queriers]
+    found = replies(model, asked, [run.registry.row(q) for q in queriers], [how] * len(asked))
+    return dict(zip(queriers, found, strict=True))
 
 
 class Pieces:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import untrained
+from rich.console import Console
 
 from qaperso import chat, reply
 from qaperso.batching import Model
@@ -34,8 +35,19 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Dialogue]:
 
     def replies(model: Model, dialogues: list[Dialogue], rows: list[int], how: list[Sampling]) -> list[str]:
         found.extend(dialogues)
-        return [f"to {row}" for row in rows]
+        return [f"to {row}\nand on" for row in rows]
 
+    def streams(
+        model: Model, dialogues: list[Dialogue], rows: list[int], how: list[Sampling]
+    ) -> Iterator[tuple[int, str]]:
+        found.extend(dialogues)
+        for piece in ("aye", " [b]"):
+            for i in range(len(rows)):
+                yield i, f"{piece}{rows[i]}"
+        if dialogues[0].query == "long":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reply, "streams", streams)
     monkeypatch.setattr(reply, "stream", stream)
     monkeypatch.setattr(reply, "replies", replies)
     return found
@@ -101,6 +113,44 @@ def test_a_stopped_reply_ends_where_it_is(asked: list[Dialogue], capsys: pytest.
     assert talk.take("long") and talk.history == [Turn("pip", "long"), Turn("maren", f"aye {row} ")]
     assert talk.take("never") and len(talk.history) == 2
     assert capsys.readouterr().out == f"aye {row}  [stopped]\n [stopped]\n"
+
+
+def test_through_a_pipe_replies_come_one_after_the_other(
+    asked: list[Dialogue], capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = session("pip", "harald")
+    talk.take("is it [red] bread?")
+    rows = [talk.model.run.registry.row(name) for name in ("pip", "harald")]
+    told = [f"pip     to {rows[0]}", "        and on", f"harald  to {rows[1]}", "        and on"]
+    assert capsys.readouterr().out.splitlines() == told
+
+
+def test_on_a_terminal_a_comparison_streams_side_by_side(
+    asked: list[Dialogue], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminal(width: int) -> Console:
+        console = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
+        monkeypatch.setattr(chat, "Console", lambda: console)
+        return console
+
+    talk = session("pip", "harald")
+    first, second = (talk.model.run.registry.row(name) for name in ("pip", "harald"))
+    console = terminal(80)
+    talk.take("is it [red] bread?")
+    text = console.file.getvalue()
+    assert "is it [red] bread?" in text and "pip" in text and "harald" in text
+    # A frame a piece (and the last once more): what is written grows, and both stand on one line.
+    frames = [line for line in text.splitlines() if f"aye{first}" in line]
+    assert [f"aye{second}" in line for line in frames[:4]] == [False, True, True, True]
+    assert [f"[b]{first}" in line for line in frames[:4]] == [False, False, True, True]
+    assert f"aye{second} [b]{second}" in frames[-1]
+    narrow = terminal(2 * chat.COLUMN - 1)
+    talk.take("is it [red] bread?")
+    assert not [x for x in narrow.file.getvalue().splitlines() if f"aye{first}" in x and f"aye{second}" in x]
+    # A reply that is stopped stays as far as it was written.
+    console = terminal(80)
+    talk.take("long")
+    assert f"aye{second} [b]{second}" in console.file.getvalue()
 
 
 def test_a_comparison_can_be_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,11 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import untrained
 
 from qaperso.data.store import Store, make_store
+from qaperso.errors import UserError
 from qaperso.eval import gather
 from qaperso.eval.compare import Items
 from qaperso.run import Run
@@ -163,3 +165,24 @@ def test_nobody_else_to_ask(qar: tuple[Run, Store, Tree]) -> None:
     alone = [talk(f"a{i}", "ann", f"why {i}?", split) for i, split in enumerate(("train", "train", "test"))]
     found = gather.asked_by_others(qar[0], make_store(alone, np.zeros(3, np.int32)), "test")
     assert not found.dialogues and not len(found.row) and gather.across(found, "test", []) == []
+
+
+def test_places_are_those_of_the_rows(qar: tuple[Run, Store, Tree]) -> None:
+    run, _, trainable = qar
+    names = run.registry.queriers
+    # Rows of a plane: their distances are kept, but for one factor.
+    points = np.random.default_rng(0).normal(size=(run.registry.rows, 2)) * [3, 1]
+    basis = np.linalg.qr(np.random.default_rng(1).normal(size=(trainable["tower"]["rows"].shape[1], 2)))[0]
+    rows = jnp.asarray(points @ basis.T, jnp.float32)
+    trainable = {**trainable, "tower": {**trainable["tower"], "rows": rows}}
+    found = gather.querier_places(run, trainable)
+    assert list(found) == ["stranger", *names]
+    distance = lambda x: np.linalg.norm(x[:, None] - x[None], axis=-1)  # noqa: E731
+    ours, theirs = distance(np.array(list(found.values()))), distance(points[: len(names) + 1])
+    np.testing.assert_allclose(ours * theirs[0, 1] / ours[0, 1], theirs, atol=5e-3)
+    # Somebody who came later has a place in the plane of those who were there.
+    later = dataclasses.replace(run, registry=run.registry.called(len(names) + 1, "zita"))
+    again = gather.querier_places(later, trainable)
+    assert {name: again[name] for name in found} == found and again["zita"] not in list(found.values())
+    with pytest.raises(UserError, match="no querier rows"):
+        gather.querier_places(run, {})

@@ -244,3 +244,21 @@ def test_curves_leave_out_what_the_total_loss_does_not_add() -> None:
     assert "total loss" not in labels(plots.learning_curves("x", curves, None))
     found = labels(plots.learning_curves("x", curves | {"contrast": [(1, 1.0)]}, 1))
     assert {"total loss", "contrast", "training, labels", "dev, replies", "checkpoint scored", "step"} <= set(found)
+
+
+def test_a_map_names_everybody_and_marks_some() -> None:
+    places = {"tilda": [0.0, 1.0], "$x$ <b>": [-1.0, 0.5], "stranger": [2.0, -0.5]}
+    found = plots.querier_map("x", places, ["stranger"])
+    assert {*places, "Queriers by their learned rows"} <= set(labels(found))
+    plain = plots.querier_map("x", places)
+    for text, marks in ((found, 1), (plain, 0)):
+        assert sum("--c1" in (e.get("style") or "") for e in svg(text).iter(f"{{{plots.SVG}}}use")) == marks
+
+
+def test_a_plot_alone_has_a_size_and_colours_of_its_own() -> None:
+    plot = plots.gain_curve("x", {1: metric(0.25)})
+    root = svg(plots.alone(plot))
+    assert root.get("viewBox") == f"0 0 {root.get('width')[:-2]} {root.get('height')[:-2]}"
+    style = root.get("style")
+    assert "--line: #" in style and "color: #" in style and "background: #" in style
+    assert labels(plots.alone(plot)) == labels(plot)

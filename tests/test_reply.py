@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import untrained
 
-from qaperso import batching, chat, generate, reply
+from qaperso import batching, generate, reply
 from qaperso.batching import Model
 from qaperso.errors import UserError
 from qaperso.generate import Sampling
@@ -138,19 +138,27 @@ def test_question_waits_for_the_responder(qar: tuple[Model, Any]) -> None:
     assert (asked.query, asked.reply, asked.querier, asked.responder) == ("any bread?", "", "tilda", "maren")
 
 
-def test_side_by_side_shows_text_as_it_is(
-    qar: tuple[Model, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_replies_that_stream_at_one_time_are_those_that_are_whole(qar: tuple[Model, Any]) -> None:
+    model, store = qar
+    dialogues, rows = some(store, 2)
+    how = [SHORT, DRAWN]
+    pieces = list(reply.streams(model, dialogues, rows, how))
+    said = ["".join(piece for i, piece in pieces if i == which) for which in range(2)]
+    assert said == reply.replies(model, dialogues, rows, how)
+    # They take turns: the first is not over when the last begins.
+    order = [i for i, _ in pieces]
+    assert order.index(1) < len(order) - 1 - order[::-1].index(0)
+
+
+def test_answers_are_what_each_is_told(qar: tuple[Model, Any]) -> None:
     model, _ = qar
-    names = model.run.registry.queriers[:2]
-    rows = []
-
-    def replies(model: Model, dialogues: list[Dialogue], row: list[int], how: list[Sampling]) -> list[str]:
-        rows.extend(row)
-        return [f"[/b] to {d.querier}" for d in dialogues]
-
-    monkeypatch.setattr(reply, "replies", replies)
-    chat.answer_all(model, {name: model.run.registry.row(name) for name in names}, "is it [red] bread?", "maren", SHORT)
-    out = capsys.readouterr().out
-    assert rows == [1, 2] and "is it [red] bread?" in out
-    assert all(f"[/b] to {name}" in out for name in names)
+    names = (*model.run.registry.queriers[:2], "stranger")
+    found = reply.answers(model, "is there any bread?", names, "maren", SHORT)
+    assert list(found) == list(names) and len(set(found.values())) == 3
+    asked = reply.question(model.run, [], names[1], "is there any bread?", "maren")
+    assert [found[names[1]]] == reply.replies(model, [asked], [2], [SHORT])
+    # As the run has it, where nothing is said.
+    short = dataclasses.replace(model, run=untrained.changed(model.run, generate__max_new_tokens=8))
+    assert reply.answers(short, "is there any bread?", names, "maren") == found
+    with pytest.raises(UserError, match="querier 'nobody' is not known"):
+        reply.answers(model, "is there any bread?", ["nobody"], "maren", SHORT)

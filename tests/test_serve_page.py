@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +19,22 @@ from serving import Served
 
 from qaperso import reply
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import newcomer  # noqa: E402
+
 EVIL = "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
 ASKED = "what do i still owe?"
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, NAMES)), playwright.chromium.executable_path)
-        if not os.path.exists(path):
-            pytest.skip(f"no browser: none of {', '.join(NAMES)} is on PATH, nor is playwright's own installed")
-        # Root has no sandbox, and containers have little shared memory.
-        found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        path = newcomer.browser_path(playwright)
+        if path is None:
+            pytest.skip(
+                f"no browser: none of {', '.join(newcomer.NAMES)} is on PATH, nor is playwright's own installed"
+            )
+        found = playwright.chromium.launch(executable_path=path, args=newcomer.OPTIONS)
         yield found
         found.close()
 
@@ -66,6 +68,16 @@ def slowed(served: Served, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.1
 
 def alone(served: Served, querier: str, tokens: int) -> str:
     return served.chat(ASKED, user=querier, max_tokens=tokens)[1]["choices"][0]["message"]["content"]
+
+
+def test_the_newcomer_s_way_ends_with_a_reply(browser: Browser, served: Served) -> None:
+    page = browser.new_page(viewport=newcomer.SIZE)
+    newcomer.ask(page, served.base)
+    assert any(page.locator("article .text").all_text_contents())
+    found = newcomer.shown(page)
+    assert list(found) == ["to tilda", "to harald", "to anselm", "to a stranger"]
+    assert found["to tilda"] == alone(served, "tilda", 32)
+    page.close()
 
 
 def state(page: Page) -> dict[str, list[str]]:

@@ -17,9 +17,9 @@ from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 from qaperso import config as configs
-from qaperso import reply
+from qaperso import people, reply
 from qaperso.data import clusters, features
-from qaperso.data.store import Store
+from qaperso.data.store import STRANGER_NAME, Registry, Store
 from qaperso.eval import awareness, compare
 from qaperso.eval.compare import Items
 from qaperso.eval.page import Across, Failure, Report
@@ -135,6 +135,18 @@ def maps(store: Store, vectors: np.ndarray, index: np.ndarray) -> list[Map]:
         if len(own) >= 5 and len(set(queriers)) > 1 and np.ptp(vectors[own], 0).any():
             found.append(Map(number, *project(vectors[own]), queriers))
     return found[:MAPS]
+
+
+def querier_places(run: Run, trainable: Tree) -> dict[str, list[float]]:
+    """Where the rows of the stranger and of all queriers lie, [x, y] by name, in the plane of those whom training knew.
+
+    Raises:
+      UserError: the method has no rows.
+    """
+    table, trained = np.asarray(people.table_of(trainable)), Registry.from_json(run.record["registry"])
+    plane = people.Plane(table[: 1 + len(trained.queriers)])
+    names = (STRANGER_NAME, *run.registry.known)
+    return {name: plane.place(table[run.registry.row(name)]) for name in names}
 
 
 def project(vectors: np.ndarray) -> tuple[str, np.ndarray]:

@@ -212,6 +212,29 @@ def embedding_maps(name: str, maps: Sequence[Map]) -> str:
     return _svg(name, "Embeddings by cluster and querier", height, draw)
 
 
+def querier_map(name: str, places: Mapping[str, Sequence[float]], marked: Sequence[str] = ()) -> str:
+    """Where queriers' rows lie, each point with its querier's name.
+
+    Args:
+      name: of the plot, see `learning_curves`.
+      places: (x, y) by querier, of `gather.querier_places`.
+      marked: those who stand out, in a colour and shape of their own.
+    """
+
+    def draw(figure: Figure) -> None:
+        ax = figure.subplots()
+        for who, (x, y) in places.items():
+            colour, marker = (COLOURS[1], "D") if who in marked else (COLOURS[0], "o")
+            ax.scatter(x, y, s=30, color=colour, marker=marker, linewidth=0)
+            ax.annotate(_short(who), (x, y), xytext=(4, 4), textcoords="offset points", color=INK)
+        ax.set_title("Queriers by their learned rows")
+        ax.set_xlabel("first principal component (no unit)")
+        ax.set_ylabel("second (no unit)")
+        ax.margins(0.15)
+
+    return _svg(name, "Queriers by their learned rows", 0.8 * WIDTH, draw)
+
+
 def length_histogram(name: str, replies: Sequence[int], references: Sequence[int]) -> str:
     """How long replies are, beside the true ones.
 
@@ -234,6 +257,16 @@ def length_histogram(name: str, replies: Sequence[int], references: Sequence[int
         ax.legend()
 
     return _svg(name, "Lengths of replies", 2.6, draw)
+
+
+def alone(plot: str) -> str:
+    """A plot as a file of its own, for notebooks and wherever no page gives it colours and paper."""
+    root = ElementTree.fromstring(plot)
+    _, _, width, height = root.attrib["viewBox"].split()
+    root.attrib |= {"width": f"{width}pt", "height": f"{height}pt"}
+    root.attrib["style"] = "color: #1b1f24; --line: #d5dae0; background: #ffffff"
+    ElementTree.register_namespace("", SVG)
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def _missing(value: float | int | None) -> bool:

@@ -16,13 +16,12 @@ from jaxtyping import Float
 from qaperso import people
 from qaperso.data.store import STRANGER_NAME, Registry
 from qaperso.errors import nearest
-from qaperso.people import Person
+from qaperso.people import Person, Plane
 from qaperso.server.keys import Caller
 from qaperso.server.protocol import ApiError
 from qaperso.types import STRANGER
 
-# Rows that decide how the map lies, at most; names among which the nearest to a wrong one is looked for, at most.
-PLANE = 4096
+# Names among which the nearest to a wrong one is looked for, at most.
 GUESSED = 1000
 
 
@@ -50,7 +49,7 @@ class Roster:
         first = 1 + len(registry.queriers)
         free = () if table is None else (*registry.forgotten, *range(first, registry.rows))
         self._free = sorted(set(free) - {person.row for person in self.people})
-        self._map = None if table is None else _Map(np.asarray(table[: first : 1 + first // PLANE], np.float64))
+        self._map = None if table is None else Plane(table[:first])
         self._places = {} if table is None else {row: self._map.place(table[row]) for row in self._rows.values()}
         self._vectors: dict[str, np.ndarray | None] = {}
         for person in self.people:
@@ -159,23 +158,3 @@ class Roster:
         del self._vectors[name], self._rows[name]
         self._places.pop(row, None)
         return row
-
-
-class _Map:
-    """The plane of the two directions in which trained rows differ most (principal components), -1 to 1 along the wider."""
-
-    def __init__(self, rows: Float[np.ndarray, "Q D"]):
-        """Finds the plane of the trained rows; with fewer than three of them it has less than two directions."""
-        self._mean = rows.mean(0)
-        _, _, axes = np.linalg.svd(rows - self._mean, full_matrices=False)
-        axes = axes[:2]
-        # The sign of a direction is anybody's choice: its largest element is positive.
-        at = np.abs(axes).argmax(1)
-        self._axes = axes * np.sign(axes[np.arange(len(axes)), at])[:, None]
-        reach = np.abs((rows - self._mean) @ self._axes.T).max()
-        self._scale = 1 / reach if reach > 0 else 1.0
-
-    def place(self, vector: Float[np.ndarray, " D"]) -> list[float]:
-        """Where a row lies, [x, y]; others than the trained ones may lie beyond 1."""
-        found = ((vector - self._mean) @ self._axes.T * self._scale).round(4).tolist()
-        return [*found, 0.0, 0.0][:2]
