@@ -25,8 +25,8 @@ from qaperso import rows
 from qaperso.server import api
 
 CHAT = "/v1/chat/completions"
-# Strategies of a whole API's bodies take their time.
-SLOW = [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much]
+# Strategies of a whole API's bodies take their time, are filtered, and may be large.
+SLOW = list(hypothesis.HealthCheck)
 
 
 @pytest.fixture(scope="module")
