@@ -115,7 +115,10 @@ LOOP = """%fused_test (p.0: s32[], p.1: s32[]) -> pred[] {
   %first = f32[8]{0} fusion(%x), kind=kCustom, calls=%start
   %second = f32[8]{0} fusion(%x), kind=kCustom, calls=%start
   %g2 = f32[8]{0} all-gather(%x), channel_id=10, replica_groups=[1,4]<=[4], dimensions={0}
-  ROOT %t = (s32[], f32[2]{0}) tuple(%i, %x)
+  %j = s32[] get-tuple-element(%s), index=0
+  %by = s32[] constant(STRIDE)
+  %next = s32[] add(%j, %by)
+  ROOT %t = (s32[], f32[2]{0}) tuple(%next, %x)
 }
 
 %cond (s.1: (s32[], f32[2])) -> pred[] {
@@ -133,17 +136,18 @@ ENTRY %main (a: (s32[], f32[2])) -> (s32[], f32[2]) {
 
 
 @pytest.mark.parametrize(
-    "test, times",
+    "test, stride, times",
     [
-        ("%less.1 = pred[] compare(%i, %n), direction=LT", 7),
-        ("%fusion = pred[] fusion(%i, %n), kind=kLoop, calls=%fused_test", 7),
-        ("%less.1 = pred[] compare(%i, %i), direction=LT", 1),
-        ("%more = pred[] compare(%i, %n), direction=GT", 1),
-        ("%both = pred[] and(%i, %n)", 1),
+        ("%less.1 = pred[] compare(%i, %n), direction=LT", 1, 7),
+        ("%less.1 = pred[] compare(%i, %n), direction=LT", 2, 4),
+        ("%fusion = pred[] fusion(%i, %n), kind=kLoop, calls=%fused_test", 1, 7),
+        ("%less.1 = pred[] compare(%i, %i), direction=LT", 1, 1),
+        ("%more = pred[] compare(%i, %n), direction=GT", 1, 1),
+        ("%both = pred[] and(%i, %n)", 1, 1),
     ],
 )
-def test_loops_without_a_written_count_and_gathers_beside_kernels(test: str, times: int) -> None:
-    found = hlo.cost(LOOP.replace("TEST", test)).collectives
+def test_loops_without_a_written_count_and_gathers_beside_kernels(test: str, stride: int, times: int) -> None:
+    found = hlo.cost(LOOP.replace("TEST", test).replace("STRIDE", str(stride))).collectives
     assert [(c.channel, c.times) for c in found] == [(9, times), (10, times)]
 
 

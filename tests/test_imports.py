@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "qaperso"
 
 # Each stage may import from itself (above it in this list) and from earlier ones.
-ORDER = """errors storage types arrays config engine endpoint chips hlo notes differences data.contrast data.town
+ORDER = """errors storage types arrays config engine endpoint chips hlo_text hlo notes differences data.contrast data.town
 data.synthetic data.formats.common data.formats data.formats.jsonl data.formats.mqdialog data.formats.scenes
 data.formats.script data.formats.table data.formats.whatsapp data.formats.telegram data.formats.slack
 data.formats.discord data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews data.clean
