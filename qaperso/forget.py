@@ -86,7 +86,7 @@ def forget(workdir: Path, name: str) -> tuple[dict[str, Any], Path]:
         row = run.registry.row(name)
         person = next((p for p in run.people if p.name == name), None)
         if person is not None:
-            return _forget_enrolled(workdir, person)
+            return _forget_enrolled(run, person)
         if portable.is_exported(run.record):
             raise UserError(
                 f"{workdir} is an exported run, and '{name}' was in its training; forget them in the run that it was exported"
@@ -96,7 +96,8 @@ def forget(workdir: Path, name: str) -> tuple[dict[str, Any], Path]:
         return _forget_trained(bare, name, row)
 
 
-def _forget_enrolled(workdir: Path, person: Person) -> tuple[dict[str, Any], Path]:
+def _forget_enrolled(run: Run, person: Person) -> tuple[dict[str, Any], Path]:
+    workdir = run.workdir
     path = people.file_of(workdir, person.row)
     before = {path.relative_to(workdir).as_posix(): prepared.digest(path)}
     removed = {
@@ -109,6 +110,7 @@ def _forget_enrolled(workdir: Path, person: Person) -> tuple[dict[str, Any], Pat
     receipt["files"] = {"before": before, "after": {}}
     receipt["may_remain"] = [
         "Nothing in the checkpoints: no number of theirs was ever learned from these dialogues.",
+        *_kept_vectors(run),
         "Exported copies of this run, backups, and the files that the dialogues were read from are not touched.",
     ]
     place = _write(workdir, receipt)
@@ -210,7 +212,10 @@ def remainders(run: Run, name: str, evidence: Evidence, has_row: bool) -> list[s
         " unchanged; only training anew without them takes that away."
     ]
     if not has_row:
-        found.append("The run has no querier rows: it knew them by their name in the text, which it can still be told.")
+        by = "their name in the text, which it can still be told"
+        by += ", and what they said before, which it reads no more" if run.reader else ""
+        found.append(f"The run has no querier rows: it knew them by {by}.")
+    found += _kept_vectors(run)
     if evidence.hidden:
         where = f"The data set '{run.config.data.path}'" if run.config.data.path else "The embedded world"
         found.append(f"{where} still has {evidence.hidden} dialogues of theirs; this run reads them no more.")
@@ -223,6 +228,15 @@ def remainders(run: Run, name: str, evidence: Evidence, has_row: bool) -> list[s
         found.append("They are a responder of this run too, which is not touched.")
     found.append("Exported copies of this run, runs that have it as base, and backups are not touched.")
     return found
+
+
+def _kept_vectors(run: Run) -> list[str]:
+    if not run.config.vectors:
+        return []
+    return [
+        f"'{run.config.vectors}' keeps vectors of what they said, without a word of it, and nothing there says whose they are; delete"
+        " the folder to be rid of them: what is needed is embedded again."
+    ]
 
 
 def _digests(workdir: Path) -> dict[str, str]:

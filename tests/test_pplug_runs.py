@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tiny import TINY, arguments, call, one_device, record, trained  # noqa: F401
 
-from qaperso import chat, enrol, evaluate, prepare, run, train
+from qaperso import chat, enrol, evaluate, forget, prepare, run, train
 from qaperso.data import load
 from qaperso.data.formats import jsonl
 from qaperso.eval import awareness
@@ -62,6 +62,9 @@ def test_train_evaluate_and_chat(tmp_path: Path) -> None:
     asked = Dialogue("n", "maren", "zoe", (turns[0], Turn("maren", "")), "n")
     now = run.open_run(folder).columns(asked)["history"].index
     assert len(now) == 1 and not len(opened.columns(asked)["history"].index)
+    code, out, err = call(forget.main, "--workdir", folder, "--querier", "zoe")
+    assert code == 0 and f"'{cache}' keeps vectors" in " ".join(out.split()), out + err
+    assert "querier 'zoe' is not known" in call(chat.main, *asks)[2]
     # The same dialogue, taken in by a run that is open.
     opened.reader.add(Dialogue("z", "maren", "zoe", turns, "z"))
     assert len(opened.columns(asked)["history"].index) == 1
