@@ -117,6 +117,11 @@ def plan(
     """
     if config.dtype != "bfloat16":
         raise UserError(f"config.dtype is '{config.dtype}'; these chips are planned for --config.dtype=bfloat16")
+    if config.pplug.encoder:
+        raise UserError(
+            f"config.pplug.encoder is '{config.pplug.encoder}'; soft tokens are not planned: plan with --config.pplug.encoder= and"
+            " a method other than pplug"
+        )
     mesh = aot.mesh_of(config, aot.devices(topology))
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.batch.rows % shards:

@@ -88,6 +88,7 @@ def test_what_does_not_fit(config: Path, tmp_path: Path, monkeypatch: pytest.Mon
         (["--config.batch.rows=12"], "config.batch.rows=12 is not a multiple of the 8 devices"),
         (["--config.mesh.data=3"], "config.mesh data=3 fsdp=1 tensor=1 does not make 8 devices"),
         (["--config.method=prompts"], "trains nothing; plan its replies with --generate"),
+        (["--config.method=pplug", "--config.pplug.encoder=base"], "soft tokens are not planned"),
         (["--queriers", "0"], "--queriers is 0, expected 1 or more"),
         (["--topology", "v9:4x4"], "topology 'v9:4x4' is of no known chip"),
         (["--serach"], "unknown argument '--serach'; options are --config, --topology"),
