@@ -51,8 +51,8 @@ def nothing_known(*_: Any) -> forget.Evidence:
 
 
 def holding(folder: Path, name: str) -> list[str]:
-    """Files in which a name stands; the tokeniser's words are the town's."""
-    files = (p for p in folder.rglob("*") if p.is_file() and "tokenizer" not in p.parts)
+    """Files in which a name stands; the tokeniser's words are the town's, and numbers (`d` of a checkpoint) may spell it by chance."""
+    files = (p for p in folder.rglob("*") if p.is_file() and not {"tokenizer", "d"} & set(p.parts))
     return [p.relative_to(folder).as_posix() for p in files if name.encode() in p.read_bytes()]
 
 
