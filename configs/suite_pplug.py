@@ -10,6 +10,7 @@ def get_suite():
         before={"base": ("configs/quickstart_base.py",)},
         methods={
             "PPlug": (TOWN, BASE),
+            "PPlug on differences": (TOWN, BASE, "pplug.differences=True"),
             "PPlug, one token": (TOWN, BASE, "pplug.tokens=1"),
             "PPlug, published temperature": (TOWN, BASE, "pplug.temperature=1.0"),
             "PPlug, no dropout of history": (TOWN, BASE, "pplug.dropout=0.0"),
@@ -20,6 +21,7 @@ def get_suite():
         once=("zero-shot", "retrieved examples"),
         against={
             "PPlug": ("zero-shot", "retrieved examples"),
+            "PPlug on differences": ("PPlug", "zero-shot"),
             "PPlug, one token": ("PPlug",),
             "PPlug, published temperature": ("PPlug",),
             "PPlug, no dropout of history": ("PPlug",),

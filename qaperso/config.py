@@ -122,6 +122,7 @@ def default() -> ConfigDict:
             tokens=1,  # soft tokens that the history becomes; one more is the instruction's
             temperature=1.0,  # of the weights of items
             dropout=0.5,  # of items in training, at most
+            differences=False,  # an item is told by what sets it apart from what others got on the same occasion
         )
     )
     c.vectors = ""  # folder that keeps vectors of history from run to run; "" = made anew whenever a run is opened

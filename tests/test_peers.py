@@ -95,7 +95,7 @@ def test_peers_are_what_the_dialogue_may_look_at(es: list[tuple], data: st.DataO
     dialogue = data.draw(st.sampled_from(store.dialogues))
     for record in history(store, dialogue, "pair").tolist():
         own = store.dialogues[record]
-        found = peers(store, dialogue, record).tolist()
+        found = peers(store, dialogue, own).tolist()
         for i, other in enumerate(store.dialogues):
             later = None not in (other.time, dialogue.time) and other.time >= dialogue.time
             allowed = other.split == "train" and other.group != dialogue.group and not later

@@ -19,7 +19,7 @@ from qaperso import config as configs
 from qaperso import run as runs
 from qaperso.batching import Batcher
 from qaperso.data.batches import columns_of, make_batch
-from qaperso.data.history import items
+from qaperso.data.history import Item, items
 from qaperso.data.store import Store, make_store
 from qaperso.data.text import Encoded
 from qaperso.data.vectors import Rows
@@ -292,6 +292,51 @@ def test_an_unseen_querier_is_served_by_history_alone() -> None:
     one, two = (batching.request(model, [p], rows[:1], [Sampling(1)]).soft for p in (before, after))
     assert (np.asarray(one)[0, 1:] == 0).all() and (np.asarray(two)[0, 1:] != 0).all()
     assert "history: " in run.reader.summary() and " 512 bytes a querier" in run.reader.summary()
+
+
+def test_items_are_told_by_how_they_differ() -> None:
+    """From what other queriers of the responder got in the same cluster; what nobody else asked is left out."""
+    run, store, trainable = opened(pplug__differences=True)
+    train = [store.dialogues[i] for i in store.split("train")]
+    cluster = {d.id: int(c) for d, c in zip(store.dialogues, store.cluster, strict=True)}
+    d = store.dialogues[dev_of(store)[0]]
+    columns, plain = run.columns(d), opened()[0].columns(d)
+    told = items(store, d, 8)
+    source, difference = columns["history"].source, np.asarray(columns["difference"], np.float32)
+    table = source.table.astype(np.float32)
+    assert len(columns["history"].index) == len(told) == 8 and "difference" not in plain
+    for k, item in enumerate(told):
+        met = [
+            pplug.item_text(Item(x.query, x.reply))
+            for x in train
+            if x.querier != d.querier and cluster[x.id] == cluster[item.record.id] and x.group != d.group
+        ]
+        apart = table[columns["history"].index[k]] - table[source.find(met[-pplug.PEERS :])].mean(0)
+        np.testing.assert_allclose(difference[k], apart / np.linalg.norm(apart), atol=2e-3)
+    # They are what the MLP reads, and the instruction's token stays as it is.
+    (e,) = run.examples(store, "dev", 1)[0]
+    shape = dataclasses.replace(run.shape, rows=1)
+    arrays_of = {name: np.asarray(x) for name, x in columns.items()}
+    soft = [
+        pplug.soft(
+            run.setting, trainable, helpers.device(make_batch([[dataclasses.replace(e, columns=c)]], shape).inputs)
+        )[0, 0]
+        for c in (arrays_of, {**arrays_of, "difference": -arrays_of["difference"]})
+    ]
+    moved = np.abs(np.asarray(soft[0]) - np.asarray(soft[1])).max(-1)
+    assert moved[0] == 0 and (moved[1:] > 1e-3).all()
+    assert " items have others to differ from" in run.reader.summary()
+
+    # Somebody new is held against all that the responder said to others; alone with the responder nobody differs.
+    run.reader.add(dataclasses.replace(train[0], id="z", querier="zed", group="z"))
+    asked = reply.question(run, [], "zed", "is there any bread?", train[0].responder)
+    own = run.columns(asked)["difference"]
+    assert own.index.tolist() == source.find([pplug.item_text(Item(train[0].query, train[0].reply))]).tolist()
+    assert len(own.others) == pplug.PEERS
+    own = [x for x in train if x.querier == d.querier]
+    alone = make_store(own, np.zeros(len(own), np.int32))
+    nobody = pplug.reader(run.setting, alone, run.tokenizer, lambda: np.asarray(run.base["embed"])).columns(d)
+    assert not np.asarray(nobody["history"]).any() and not np.asarray(nobody["difference"]).any()
 
 
 def test_ten_thousand_items_are_the_last_few() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qaperso.data import vectors
-from qaperso.data.vectors import Rows, Vectors
+from qaperso.data.vectors import Differences, Rows, Vectors
 from qaperso.errors import UserError
 
 DIM = 3
@@ -177,3 +177,19 @@ def test_bad_folders_and_vectors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="for 1 texts of 3 dimensions"):
         opened(tmp_path).add(["a"], lambda texts: np.zeros((1, 4)))
     assert len(opened(tmp_path)) == 0
+
+
+def test_differences_by_hand() -> None:
+    """Itself less the mean of its others, of unit length; 0 where the others say the same."""
+    table = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1], "d": [1, 0, 0]}
+    cache = Vectors("", "by hand", DIM)
+    rows = cache.add(list(table), lambda texts: np.array([table[t] for t in texts], np.float32))
+    others, starts = np.array([rows[1], rows[2], rows[3], rows[0]], np.int32), np.array([0, 2, 3])
+    found = Differences(cache, rows[:3][[0, 0, 2]], 4, others, starts)
+    expected = np.array([[1, -0.5, -0.5], [0, 0, 0], [-1, 0, 1], [0, 0, 0]]) / np.sqrt([[1.5], [1], [2], [1]])
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=1e-3)
+    assert np.asarray(found).dtype == found.dtype and found.shape == (4, DIM)
+    same = Differences(cache, found.index.copy(), 4, others.copy(), starts)
+    assert found.tobytes() == same.tobytes() != Differences(cache, found.index, 4, others[::-1], starts).tobytes()
+    nothing = Differences(cache, rows[:0], 2, others[:0], starts[:0])
+    assert not np.asarray(nothing).any() and np.asarray(nothing).shape == (2, DIM)

@@ -43,25 +43,26 @@ def history(store: Store, dialogue: Dialogue, by: By) -> np.ndarray:
     return found[kept]
 
 
-def peers(store: Store, dialogue: Dialogue, record: int) -> np.ndarray:
+def peers(store: Store, dialogue: Dialogue, record: Dialogue) -> np.ndarray:
     """What others got on the same occasion as an earlier record, as far as it may be shown beside a dialogue (ours).
 
-    The same occasion is the same item where records say one (reviews), else the same query cluster. Others are other
-    queriers of the same responder. The bounds are the dialogue's, see `history`: what it may not look at is no peer of a
-    record either.
+    The same occasion is the same item where records say one (reviews), else the same query cluster; of a record that the
+    store does not hold the cluster is not known, and any query will do. Others are other queriers of the same responder. The
+    bounds are the dialogue's, see `history`: what it may not look at is no peer of a record either.
 
     Args:
       store: of the run.
       dialogue: for whose sake the record is looked at.
-      record: index of the store; of the training split.
+      record: of the training split, or one that took place after the data were made.
 
     Returns:
       Indices of the store, int64[n], oldest first.
     """
-    own = store.dialogues[record]
-    by: By = "item" if "item" in own.fields else "cluster"
-    found = history(store, dataclasses.replace(own, group=dialogue.group, time=dialogue.time), by)
-    return found[(store.row[found] != store.row[record]) & (store.responder[found] == store.responder[record])]
+    index = _index(store)
+    by: By = "item" if "item" in record.fields else "cluster" if record.id in index.cluster else "responder"
+    found = history(store, dataclasses.replace(record, group=dialogue.group, time=dialogue.time), by)
+    responder, querier = (index.people.get(name, -1) for name in (record.responder, record.querier))
+    return found[(index.querier[found] != querier) & (index.responder[found] == responder)]
 
 
 def exchanges(dialogue: Dialogue) -> list[tuple[Turn, Turn]]:
@@ -81,11 +82,12 @@ def exchanges(dialogue: Dialogue) -> list[tuple[Turn, Turn]]:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """Something a querier asked before and was answered; a profile's item may have no query."""
+    """Something a querier asked before and was answered; a profile's item may have no query, and is of no record."""
 
     query: str
     reply: str
     time: float | None = None
+    record: Dialogue | None = None
 
 
 def items(store: Store, dialogue: Dialogue, limit: int, later: Sequence[Dialogue] = ()) -> list[Item]:
@@ -110,11 +112,10 @@ def items(store: Store, dialogue: Dialogue, limit: int, later: Sequence[Dialogue
             for i in reversed(history(store, dialogue, by)):
                 if len(found) >= limit:
                     break
-                found += [
-                    Item(q.text, r.text, store.dialogues[i].time) for q, r in reversed(exchanges(store.dialogues[i]))
-                ]
+                told_then = store.dialogues[i]
+                found += [Item(q.text, r.text, told_then.time, told_then) for q, r in reversed(exchanges(told_then))]
     given = [Item(entry["query"], entry["reply"], entry.get("time")) for entry in profile(store, dialogue)]
-    added = [Item(q.text, r.text, d.time) for d in later if d.group != dialogue.group for q, r in exchanges(d)]
+    added = [Item(q.text, r.text, d.time, d) for d in later if d.group != dialogue.group for q, r in exchanges(d)]
     # What has no time is older than what has one, but for what was added: that is the most recent.
     told = [(-math.inf if item.time is None else item.time, item) for item in (*given, *reversed(found))]
     told += [(math.inf if item.time is None else item.time, item) for item in added]
@@ -126,7 +127,7 @@ def items(store: Store, dialogue: Dialogue, limit: int, later: Sequence[Dialogue
 def profile(store: Store, dialogue: Dialogue) -> Sequence[dict[str, Any]]:
     """The profile that the data give for a dialogue's querier, `{"query", "reply", "time"?}` each; see `items`."""
     index = _index(store)
-    own = _profile(dialogue) if index.querier.get(dialogue.id, dialogue.querier) == dialogue.querier else None
+    own = _profile(dialogue) if index.asked.get(dialogue.id, dialogue.querier) == dialogue.querier else None
     return index.profiles.get(dialogue.querier, ()) if own is None else own
 
 
@@ -143,15 +144,18 @@ def _is_item(entry: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Index:
-    """members: training records of each key, in order; group, time: of each record; cluster, querier: of each id;
-    profiles: of each querier, from the last training record that has one."""
+    """members: training records of each key, in order; group, time, querier, responder: of each record; cluster, asked (who
+    did): of each id; people: numbers of names; profiles: of each querier, from the last training record that has one."""
 
     members: dict[Key, np.ndarray]
     groups: dict[str, int]
     group: np.ndarray
     time: np.ndarray
+    querier: np.ndarray
+    responder: np.ndarray
     cluster: dict[str, int]
-    querier: dict[str, str]
+    asked: dict[str, str]
+    people: dict[str, int]
     profiles: dict[str, list[dict[str, Any]]]
 
 
@@ -174,9 +178,12 @@ def _index(store: Store) -> _Index:
             if (own := _profile(dialogues[i])) is not None:
                 profiles[dialogues[i].querier] = own
     cluster = {d.id: int(c) for d, c in zip(dialogues, store.cluster, strict=True)}
-    querier = {d.id: d.querier for d in dialogues}
+    asked = {d.id: d.querier for d in dialogues}
+    people: dict[str, int] = {}
+    numbers = [[people.setdefault(name, len(people)) for name in (d.querier, d.responder)] for d in dialogues]
+    querier, responder = np.array(numbers, np.int64).reshape(-1, 2).T
     arrays = {key: np.array(own, np.int64) for key, own in members.items()}
-    return _Index(arrays, groups, group, time, cluster, querier, profiles)
+    return _Index(arrays, groups, group, time, querier, responder, cluster, asked, people, profiles)
 
 
 def _key(by: By, dialogue: Dialogue, cluster: int) -> Key | None:

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from qaperso.data.features import normalise
 from qaperso.errors import UserError
 
 Embed = Callable[[Sequence[str]], np.ndarray]
@@ -216,5 +217,31 @@ class Rows:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = np.zeros(self.shape, DTYPE)
         if len(self.index):
-            whole[: len(self.index)] = self.source.table[self.index]
+            whole[: len(self.index)] = self._vectors()
         return whole if dtype is None else whole.astype(dtype)
+
+    def _vectors(self) -> np.ndarray:
+        return self.source.table[self.index]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Differences(Rows):
+    """Of each vector what sets it apart: itself less the mean of some others, of unit length; 0 where nothing does.
+
+    Attributes:
+      others: int32[m], the others of all vectors, one vector's after another's; each has at least one.
+      starts: int64[n], where the others of each begin.
+    """
+
+    others: np.ndarray
+    starts: np.ndarray
+
+    def tobytes(self) -> bytes:
+        """See `Rows`."""
+        return b"".join(x.tobytes() for x in (self.index, self.others, self.starts))
+
+    def _vectors(self) -> np.ndarray:
+        table = self.source.table
+        sums = np.add.reduceat(table[self.others].astype(np.float32), self.starts)
+        number = np.diff(self.starts, append=len(self.others))
+        return normalise(table[self.index].astype(np.float32) - sums / number[:, None])

@@ -120,7 +120,7 @@ def notes(setting: Setting, store: Store, dialogues: Sequence[Dialogue], complet
     asked: dict[tuple[int, int], Messages] = {}
     for n, (dialogue, own) in enumerate(zip(dialogues, records, strict=True)):
         for i in own:
-            others = chosen(store, i, tuple(peers(store, dialogue, i)[-PEERS:].tolist()), setting)
+            others = chosen(store, i, tuple(peers(store, dialogue, store.dialogues[i])[-PEERS:].tolist()), setting)
             if others:
                 quotes = [quote(store.dialogues[j], dpl.words) for j in (i, *others)]
                 asked[n, i] = differences.compare(wording(store.dialogues[i]), quotes[0], quotes[1:])

@@ -1,6 +1,7 @@
 """PPlug: a querier's history, weighed by the query, becomes soft tokens before the input of a frozen LM (arXiv 2409.11901).
 
-`models/plug.py` has the equations. History items are embedded once by a frozen encoder and kept in `config.vectors`; the
+`models/plug.py` has the equations; with `config.pplug.differences` the MLP reads of each item how it differs from what others got
+on the same occasion (after DPL, arXiv 2503.02450, with vectors in place of words). History items are embedded once by a frozen encoder and kept in `config.vectors`; the
 query is embedded in the step, by a copy of the encoder that is trained with the rest. No querier has parameters: whoever
 has a history is served without training. `methods/qar.py` takes the same soft tokens where `config.pplug.encoder` names an
 encoder.
@@ -22,10 +23,10 @@ from jaxtyping import Array, Float
 
 from qaperso import arrays
 from qaperso.data.features import normalise
-from qaperso.data.history import Item, exchanges, items, profile
+from qaperso.data.history import Item, exchanges, items, peers, profile
 from qaperso.data.store import Store
 from qaperso.data.text import encode_all
-from qaperso.data.vectors import Rows, Vectors
+from qaperso.data.vectors import Differences, Rows, Vectors
 from qaperso.methods import Setting, base
 from qaperso.methods.base import counts, embeddings, joint, preface, remember, weights
 from qaperso.models import encoder, plug
@@ -35,6 +36,8 @@ from qaperso.types import Batch, Dialogue, Inputs
 Tree = Any
 # The encoder that needs no download: the base's own token embeddings, see `plug.Bag`.
 BASE = "base"
+# Others, the most recent, that an item is held against.
+PEERS = 32
 
 
 def declare(setting: Setting) -> tuple[Tree, Tree]:
@@ -87,7 +90,10 @@ def soft(setting: Setting, params: Tree, inputs: Inputs) -> Float[Array, "B M P 
         # Normalised below, where a vector of 0 does no harm.
         shape = dataclasses.replace(_bert(pplug.encoder).config, normalise=False)
         query = encoder.encode(own["encoder"], tokens, there, shape)
-    found = plug.soft_tokens(own, plug.unit(query), history, pplug.temperature)
+    told = inputs.columns.get("difference")
+    if told is not None:
+        told = jnp.asarray(told, jnp.float32).reshape(history.shape)
+    found = plug.soft_tokens(own, plug.unit(query), history, pplug.temperature, told)
     return (found * (setting.norm / setting.model.embed**0.5)).reshape(b, m, *found.shape[1:])
 
 
@@ -135,18 +141,47 @@ class Reader:
         before = len(self._vectors)
         self._vectors.add(own, self._embed)
         self._made = len(self._vectors) - before
+        self._known: dict[int, np.ndarray] = {}
         self._later: dict[str, list[Dialogue]] = collections.defaultdict(list)
 
     def columns(self, dialogue: Dialogue) -> Mapping[str, Any]:
-        """The query's tokens int32[pplug.query], -1 behind its end, and the history's vectors [pplug.history, E]."""
+        """What `soft` reads.
+
+        Returns:
+          query: its tokens int32[pplug.query], -1 behind its end.
+          history: the items' vectors [pplug.history, E].
+          difference: where these are asked for, how each item differs from what others got on the same occasion
+            (`history.peers`, the `PEERS` most recent), [pplug.history, E]; items that nobody else met are left out.
+        """
         told = items(self._store, dialogue, self.pplug.history, self._later.get(dialogue.querier, ()))
+        if self.pplug.differences:
+            others = [self._others(dialogue, item) for item in told]
+            told = [item for item, rows in zip(told, others, strict=True) if len(rows)]
         rows = self._vectors.add([item_text(item) for item in told], self._embed)
         query = np.full(self.pplug.query, -1, np.int32)
         (ids,) = self._tokens([asked(dialogue)])
         # The last token may be the encoder's own, which ends every text.
         ids = [*ids[: len(query) - 1], ids[-1]] if len(ids) > len(query) else ids
         query[: len(ids)] = ids
-        return {"query": query, "history": Rows(self._vectors, rows, self.pplug.history)}
+        found = {"query": query, "history": Rows(self._vectors, rows, self.pplug.history)}
+        if self.pplug.differences:
+            kept = [rows for rows in others if len(rows)]
+            starts = np.cumsum([0, *map(len, kept)])[:-1]
+            together = np.concatenate([np.zeros(0, np.int32), *kept])
+            found["difference"] = Differences(self._vectors, rows, self.pplug.history, together, starts)
+        return found
+
+    def _others(self, dialogue: Dialogue, item: Item) -> np.ndarray:
+        """Vectors of what others got on the occasion of an item; none of an item that belongs to no record."""
+        found = [] if item.record is None else peers(self._store, dialogue, item.record)[-PEERS:].tolist()
+        return np.concatenate([np.zeros(0, np.int32), *map(self._vectors_of, found)])
+
+    def _vectors_of(self, record: int) -> np.ndarray:
+        """Where the vectors of a training record's exchanges are."""
+        if record not in self._known:
+            texts = [item_text(Item(q.text, r.text)) for q, r in exchanges(self._store.dialogues[record])]
+            self._known[record] = self._vectors.find(texts).astype(np.int32)
+        return self._known[record]
 
     def start(self, values: Tree) -> Tree:
         """The trainable copy starts as the frozen encoder."""
@@ -166,10 +201,14 @@ class Reader:
         pairs = {(d.responder, d.querier): d for d in self._store.dialogues if d.split == "train"}
         number = [len(items(self._store, d, self.pplug.history)) for d in pairs.values()]
         size = self._vectors.dim * self._vectors.table.itemsize
+        apart = ""
+        if self.pplug.differences:
+            met = [len(self.columns(d)["difference"].index) for d in pairs.values()]
+            apart = f"; {sum(met):,} of {sum(number):,} items have others to differ from"
         return (
             f"history: {len(self._vectors):,} vectors of {self._vectors.dim} by '{self.pplug.encoder}', {self._made:,} of them "
             f"new; {np.mean(number):.1f} items and {np.mean(number) * size:,.0f} bytes a querier and responder, at most "
-            f"{max(number) * size:,}"
+            f"{max(number) * size:,}{apart}"
         )
 
 

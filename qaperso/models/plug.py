@@ -129,18 +129,29 @@ def attend(query: Float[Array, "N E"], history: Float[Array, "N H E"], temperatu
 
 
 def soft_tokens(
-    params: Tree, query: Float[Array, "N E"], history: Float[Array, "N H E"], temperature: float
+    params: Tree,
+    query: Float[Array, "N E"],
+    history: Float[Array, "N H E"],
+    temperature: float,
+    told: Float[Array, "N H E"] | None = None,
 ) -> Float[Array, "N P D"]:
     """[MLP'(I); P] of each query and history, elements of size 1 at first.
 
     The MLP's last layer is linear, so it is applied once, to the weighted mean of the hidden states: equal to the mean of
     the MLP's outputs, at a fraction of the cost.
+
+    Args:
+      params: the user embedder's.
+      query: x, of unit length.
+      history: h_i, of unit length or 0: what weighs an item, and where nothing else is given what the MLP reads.
+      temperature: of the weights.
+      told: ours: what the MLP reads of each item in place of h_i.
     """
     weight = attend(query, history, temperature)
-    mean = jnp.einsum("nh,nhd->nd", weight, hidden(params["mlp"], history))
+    mean = jnp.einsum("nh,nhd->nd", weight, hidden(params["mlp"], history if told is None else told))
     # The weights sum to 1, or to 0 without history: then nothing is left, the bias included.
     personal = mean @ params["mlp"]["out"] + weight.sum(-1, keepdims=True) * params["mlp"]["out_bias"]
     own = params["instruction_mlp"]
-    told = hidden(own, params["instruction"]) @ own["out"] + own["out_bias"]
-    personal = personal.reshape(len(query), -1, told.shape[-1])
-    return jnp.concatenate([jnp.broadcast_to(told, (len(query), 1, told.shape[-1])), personal], 1)
+    asked = hidden(own, params["instruction"]) @ own["out"] + own["out_bias"]
+    personal = personal.reshape(len(query), -1, asked.shape[-1])
+    return jnp.concatenate([jnp.broadcast_to(asked, (len(query), 1, asked.shape[-1])), personal], 1)
