@@ -131,14 +131,10 @@ def enrol(run: Run, trainable: Tree, step: int, name: str, dialogues: Sequence[D
     start = time.monotonic()
     fitted = "rows" in trainable.get("tower", {}) or run.store is None
     row = rows.spare_row(run, trainable) if fitted else rows.free_row(run.registry)
-    person = Person(name, row, step, "", None, _numbered(dialogues, row), {})
+    person = Person(name, row, step, "", None, people.numbered(dialogues, row), {})
     if run.store is not None:
         # Each dialogue sees the others as its history.
-        registry = run.registry.called(row, name)
-        run = dataclasses.replace(run, store=people.with_history(run.store, registry, [person]))
-        if run.reader:
-            for dialogue in person.dialogues:
-                run.reader.add(dialogue)
+        run = rows.heard(run, [person])
     learned, unheard = hold_out(person.dialogues) if fitted else (person.dialogues, [])
     examples, left_out = encode(run, learned)
     found: dict[str, Any] = {"learned": len(learned), "held_out": len(unheard), "left_out": left_out}
@@ -154,11 +150,6 @@ def enrol(run: Run, trainable: Tree, step: int, name: str, dialogues: Sequence[D
         found["unheard"] = _figures(rows.read(run, trainable, scored), trainable, vector) if scored else None
         person = dataclasses.replace(person, weights=people.digest(trainable), vector=np.asarray(vector))
     return dataclasses.replace(person, found=found | {"seconds": round(time.monotonic() - start, 1)})
-
-
-def _numbered(dialogues: Sequence[Dialogue], row: int) -> tuple[Dialogue, ...]:
-    """With ids that no dialogue of the data has."""
-    return tuple(dataclasses.replace(d, id=f"enrolled/{row}/{i}", split=None) for i, d in enumerate(dialogues))
 
 
 def _figures(known: rows.Read, trainable: Tree, vector: Any) -> dict[str, float]:
@@ -182,7 +173,7 @@ def add(workdir: Path, registry: Registry, person: Person) -> Person:
         now = people.joined(registry, people.read(workdir), workdir)
         check_name(now, person.name)
         row = rows.free_row(now)
-        person = dataclasses.replace(person, row=row, dialogues=_numbered(person.dialogues, row))
+        person = dataclasses.replace(person, row=row, dialogues=people.numbered(person.dialogues, row))
         people.write(workdir, person)
     return person
 

@@ -188,6 +188,11 @@ def with_history(store: Store, registry: Registry, people: Sequence[Person]) -> 
     return dataclasses.replace(store, dialogues=(*store.dialogues, *added), registry=registry, **joint)
 
 
+def numbered(dialogues: Sequence[Dialogue], row: int) -> tuple[Dialogue, ...]:
+    """Dialogues of whoever has a row, with ids that no dialogue of the data has."""
+    return tuple(dataclasses.replace(d, id=f"enrolled/{row}/{i}", split=None) for i, d in enumerate(dialogues))
+
+
 def file_of(workdir: Path, row: int) -> Path:
     """Where whoever has a row is written down; no name becomes part of a path."""
     return workdir / FOLDER / f"{row:06d}.json"

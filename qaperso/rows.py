@@ -31,7 +31,7 @@ from qaperso.methods import Setting, base
 from qaperso.models import decoder, lora, towers
 from qaperso.models.attention import segments
 from qaperso.models.decoder import Adapters
-from qaperso.people import table_of
+from qaperso.people import Person, joined, table_of, with_history
 from qaperso.run import Run
 from qaperso.types import STRANGER, Batch, Example, Inputs
 
@@ -71,6 +71,25 @@ def free_row(registry: Registry) -> int:
             " higher config.data.spare_rows, or forget somebody"
         )
     return row
+
+
+def heard(run: Run, later: Sequence[Person]) -> Run:
+    """The run in which people and what they were enrolled with are known, as `open_run` would open it (ours).
+
+    Args:
+      run: opened without those who came after training.
+      later: they.
+
+    Returns:
+      A run with their names and, where its method reads history, with their dialogues in it. Nothing is fitted, and the rows
+      of the table are no part of a run.
+    """
+    registry = joined(run.registry, later, run.workdir)
+    if run.store is None:
+        return dataclasses.replace(run, registry=registry, people=tuple(later))
+    store = with_history(run.store, registry, later)
+    reader = run.reader.over(store) if run.reader else None
+    return dataclasses.replace(run, registry=registry, people=tuple(later), store=store, reader=reader)
 
 
 def fit_row(

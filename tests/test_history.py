@@ -137,8 +137,8 @@ def entries_of(*names: str, times: Sequence[float | None] = ()) -> list[dict[str
     ]
 
 
-def names_of(store: Store, asked: Dialogue, limit: int = 99, later: Sequence[Dialogue] = ()) -> list[str]:
-    found = items(store, asked, limit, later)
+def names_of(store: Store, asked: Dialogue, limit: int = 99) -> list[str]:
+    found = items(store, asked, limit)
     assert all(x.reply == x.query.replace("?", "!") for x in found)
     return [x.query[:-1] for x in found]
 
@@ -185,11 +185,10 @@ def test_a_profile_is_its_querier_s() -> None:
     assert names_of(store, told("eve", "new")) == ["e"]
 
 
-def test_what_was_told_later_is_the_most_recent() -> None:
-    store = make_store([told("ann", "a", 3.0), told("ann", "b")], np.zeros(2, np.int32))
-    later = [told("ann", "l"), told("ann", "m", 4.0)]
+def test_the_most_recent_come_last() -> None:
+    said = [told("ann", "a", 3.0), told("ann", "b"), told("ann", "l", 5.0), told("ann", "m", 4.0)]
+    store = make_store(said, np.zeros(4, np.int32))
     asked = told("ann", "x")
-    assert names_of(store, asked, later=later) == ["b", "a", "m", "l"] and names_of(store, asked, 1, later) == ["l"]
-    assert names_of(store, dataclasses.replace(asked, group="l"), later=later) == ["b", "a", "m"]
-    assert names_of(store, dataclasses.replace(asked, time=4.0), later=later) == ["b", "a", "l"]
-    assert names_of(store, dataclasses.replace(asked, querier="zed"), later=later[:1]) == ["l"]
+    assert names_of(store, asked) == ["b", "a", "m", "l"] and names_of(store, asked, 1) == ["l"]
+    assert names_of(store, dataclasses.replace(asked, group="l")) == ["b", "a", "m"]
+    assert names_of(store, dataclasses.replace(asked, time=4.0)) == ["b", "a"]

@@ -14,7 +14,7 @@ import pytest
 import untrained
 from test_encoder import folder  # noqa: F401
 
-from qaperso import arrays, batching, generate, methods, reply
+from qaperso import arrays, batching, generate, methods, reply, rows
 from qaperso import config as configs
 from qaperso import run as runs
 from qaperso.batching import Batcher
@@ -28,6 +28,7 @@ from qaperso.eval import awareness, scores
 from qaperso.generate import Sampling
 from qaperso.methods import base, pplug
 from qaperso.models import decoder, towers
+from qaperso.people import Person
 from qaperso.run import Run
 from qaperso.types import STRANGER, Dialogue, Example, Inputs, Turn
 
@@ -267,6 +268,12 @@ def test_another_querier_s_history_under_the_true_name() -> None:
     assert "history_gap" not in awareness.measure(sft, values, store, "dev", every=False).metrics
 
 
+def told_of(run: Run, *said: Dialogue) -> Run:
+    """The run to which somebody new has told these."""
+    person = Person(said[0].querier, rows.free_row(run.registry), 0, "", None, said, {})
+    return rows.heard(run, [person])
+
+
 def test_an_unseen_querier_is_served_by_history_alone() -> None:
     """Told while the run is open: the next prompt sees it, in other conversations than its own."""
     run, store, trainable = opened()
@@ -276,20 +283,21 @@ def test_an_unseen_querier_is_served_by_history_alone() -> None:
     said = next(d for d in store.dialogues if d.split == "train")
     turns = tuple(Turn("zed" if t.speaker == said.querier else t.speaker, t.text) for t in said.turns)
     told = [dataclasses.replace(said, id=f"z{i}", querier="zed", turns=turns, group=f"z{i}") for i in range(2)]
-    run.reader.add(told[0])
-    after = reply.make_prompt(run, asked)
+    then = told_of(run, told[0])
+    after = reply.make_prompt(then, asked)
     vectors = np.asarray(after.columns["history"])
     assert (vectors.any(-1)).tolist() == [True] + [False] * 7
     np.testing.assert_array_equal(
-        vectors[0], after.columns["history"].source.table[run.columns(asked)["history"].index[0]]
+        vectors[0], after.columns["history"].source.table[then.columns(asked)["history"].index[0]]
     )
-    run.reader.add(dataclasses.replace(told[1], turns=(*turns[:-1], Turn("maren", "never, zed"))))
-    assert np.asarray(run.columns(asked)["history"]).any(-1).sum() == 2
-    assert np.asarray(run.columns(told[0])["history"]).any(-1).sum() == 1
+    more = told_of(run, told[0], dataclasses.replace(told[1], turns=(*turns[:-1], Turn("maren", "never, zed"))))
+    assert np.asarray(more.columns(asked)["history"]).any(-1).sum() == 2
+    assert np.asarray(more.columns(told[0])["history"]).any(-1).sum() == 1
+    # What was opened before stays as it was.
+    assert not np.asarray(run.columns(asked)["history"]).any()
     # And it is heard: no parameter of the model is zed's.
-    rows = [STRANGER] * 2
     model = batching.prepare(run, trainable)
-    one, two = (batching.request(model, [p], rows[:1], [Sampling(1)]).soft for p in (before, after))
+    one, two = (batching.request(model, [p], [STRANGER], [Sampling(1)]).soft for p in (before, after))
     assert (np.asarray(one)[0, 1:] == 0).all() and (np.asarray(two)[0, 1:] != 0).all()
     assert "history: " in run.reader.summary() and " 512 bytes a querier" in run.reader.summary()
 
@@ -328,9 +336,10 @@ def test_items_are_told_by_how_they_differ() -> None:
     assert " items have others to differ from" in run.reader.summary()
 
     # Somebody new is held against all that the responder said to others; alone with the responder nobody differs.
-    run.reader.add(dataclasses.replace(train[0], id="z", querier="zed", group="z"))
+    turns = tuple(Turn("zed" if t.speaker == train[0].querier else t.speaker, t.text) for t in train[0].turns)
+    then = told_of(run, dataclasses.replace(train[0], id="z", querier="zed", turns=turns, group="z"))
     asked = reply.question(run, [], "zed", "is there any bread?", train[0].responder)
-    own = run.columns(asked)["difference"]
+    own = then.columns(asked)["difference"]
     assert own.index.tolist() == source.find([pplug.item_text(Item(train[0].query, train[0].reply))]).tolist()
     assert len(own.others) == pplug.PEERS
     own = [x for x in train if x.querier == d.querier]

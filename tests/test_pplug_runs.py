@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from tiny import TINY, arguments, call, one_device, record, trained  # noqa: F401
 
-from qaperso import chat, enrol, evaluate, forget, prepare, run, train
+from qaperso import chat, enrol, evaluate, forget, prepare, rows, run, train
 from qaperso.data import load
 from qaperso.data.formats import jsonl
 from qaperso.eval import awareness
 from qaperso.models import decoder, hf
 from qaperso.models import tokenizer as tokenizers
 from qaperso.models.config import DecoderConfig
+from qaperso.people import Person
 from qaperso.types import Dialogue, Turn
 
 PLUG = ("method=pplug", "pplug.encoder=base", "pplug.history=16", "pplug.query=16", "pplug.temperature=0.1")
@@ -66,8 +67,8 @@ def test_train_evaluate_and_chat(tmp_path: Path) -> None:
     assert code == 0 and f"'{cache}' keeps vectors" in " ".join(out.split()), out + err
     assert "querier 'zoe' is not known" in call(chat.main, *asks)[2]
     # The same dialogue, taken in by a run that is open.
-    opened.reader.add(Dialogue("z", "maren", "zoe", turns, "z"))
-    assert len(opened.columns(asked)["history"].index) == 1
+    zoe = Person("zoe", rows.free_row(opened.registry), 0, "", None, (Dialogue("z", "maren", "zoe", turns, "z"),), {})
+    assert len(rows.heard(opened, [zoe]).columns(asked)["history"].index) == 1
     # It is no base for another run.
     code, _, err = call(train.main, *arguments(TINY, tmp_path / "other", "method=sft", f"base={folder}"))
     assert code == 2 and "user embedder" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import http.client
 import json
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from qaperso.eval import retrieval
 from qaperso.generate import Sampling
 from qaperso.notes import Notes
 from qaperso.server.keys import Caller, Keys
+from qaperso.server.protocol import ApiError, Enrol
 from qaperso.server.service import Service
 from qaperso.types import Turn
 
@@ -155,7 +158,9 @@ def test_somebody_new_comes_is_kept_and_goes(served: Served, monkeypatch: pytest
     how = Sampling(8)
     assert told["choices"][0]["message"]["content"] == directly(served, body["name"], ASKED, how)
     assert fitted or given == [2]
-    row, vector = served.service.roster.enrolled[body["name"]]
+    person = served.service.roster.enrolled[body["name"]]
+    row, vector = person.row, person.vector
+    assert not person.dialogues
     stranger = np.asarray(served.service.engine.model.trained["tower"]["rows"])[0]
     assert np.abs(vector - stranger).max() > 0
     # Another server of the run knows them, and nobody else changed.
@@ -168,6 +173,50 @@ def test_somebody_new_comes_is_kept_and_goes(served: Served, monkeypatch: pytest
     assert served.chat(ASKED, user=body["name"])[1]["error"]["code"] == "querier_not_found"
     np.testing.assert_array_equal(served.service.engine.model.trained["tower"]["rows"][row], stranger)
     assert served.ask("DELETE", "/v1/queriers/tilda")[1]["error"]["code"] == "querier_trained"
+
+
+def test_who_is_known_by_history_is_enrolled_and_told_more(served: Served, tmp_path: Path) -> None:
+    """Dialogues are all that is kept; the next prompt sees them, here and wherever the run is opened; forgotten, they are gone."""
+    plug = dict(pplug__encoder="base", pplug__history=4, pplug__query=12, pplug__temperature=0.2)
+    how: dict[str, Any] = dict(method="pplug", data__names="masked", qar__contrast="none", **plug)
+    service = serving.made(tmp_path, **how)
+    done = concurrent.futures.Future()
+    done.set_result(None)
+    service.engine = SimpleNamespace(ready=threading.Event(), alive=True, forget_row=lambda row: done)
+    service.engine.ready.set()
+    assert next(iter(service.listed_models()))["enrol"]
+
+    def given(*texts: str) -> Any:
+        (model,) = service.models
+        return Enrol("zed", model, tuple((("user", ASKED), ("assistant", text)) for text in texts))
+
+    def seen(by: Service) -> list[int]:
+        question = reply.question(by.run, [], "zed", ASKED, "maren")
+        return [len(by.run.columns(question)["history"].index), len(by.roster.enrolled["zed"].dialogues)]
+
+    asking = reply.question(service.run, [], "zed", ASKED, "maren")
+    assert not len(service.run.columns(asking)["history"].index)
+    with pytest.raises(ApiError, match="not known"):
+        asyncio.run(service.tell(given("fair winds")))
+    entry = asyncio.run(service.enrol(given("ahoy, zed", "fair winds")))
+    assert entry["enrolled"] and entry["position"] is None and entry["dialogues"] == 2 and seen(service) == [2, 2]
+    # Again only the most recent are read, all are kept.
+    assert asyncio.run(service.tell(given("aye", "nay", "never")))["dialogues"] == 3 and seen(service) == [4, 5]
+    again = serving.made(tmp_path, **how)
+    assert seen(again) == [4, 5]
+    columns = [np.asarray(by.run.columns(asking)["history"]) for by in (service, again)]
+    np.testing.assert_array_equal(*columns)
+    assert columns[0].any(-1).all()
+    asyncio.run(service.forget("zed"))
+    assert not len(service.run.columns(asking)["history"].index) and not service.roster.enrolled
+    assert not list((tmp_path / "enrolled").iterdir())
+    # Who is known by a row cannot be told more.
+    body = {"model": served.model, "dialogues": [[{"role": "assistant", "content": "aye"}]]}
+    status, answer = served.ask("POST", "/v1/queriers/tilda/dialogues", body)
+    assert status == 400 and "no message of the querier's" in answer["error"]["message"]
+    body["dialogues"][0].insert(0, {"role": "user", "content": ASKED})
+    status, answer = served.ask("POST", "/v1/queriers/tilda/dialogues", body)
+    assert (status, answer["error"]["code"]) == (409, "no_history")
 
 
 def held(served: Served, count: int, **more: Any) -> list[socket.socket]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from qaperso.people import Person
 from qaperso.server.keys import Caller, Keys, load_keys
 from qaperso.server.protocol import ApiError
 from qaperso.server.roster import Roster
+from qaperso.types import Dialogue, Turn
 
 NAMES = Registry(("agnes", "brandt", "tilda"), ("maren",), spare=2)
 TABLE = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
@@ -52,13 +54,13 @@ def test_whoever_is_enrolled_is_there_after_a_restart(tmp_path: Path) -> None:
     known = roster(tmp_path)
     rows = [known.reserve(name) for name in ("anna", "<script>")]
     assert rows == [4, 5] and "no spare row" in refused(409, known.reserve, "third")
-    known.add("<script>", 5, VECTOR)
+    known.add(known.person("<script>", 5, VECTOR, ()))
     known.release(4)
     again = roster(tmp_path)
     for one in (known, again):
-        ((name, (row, vector)),) = one.enrolled.items()
-        assert (name, row) == ("<script>", 5) and vector.dtype == np.float32
-        np.testing.assert_array_equal(vector, VECTOR)
+        ((name, person),) = one.enrolled.items()
+        assert (name, person.row) == ("<script>", 5) and person.vector.dtype == np.float32
+        np.testing.assert_array_equal(person.vector, VECTOR)
         assert [q["id"] for q in one.listed(Caller()) if q["enrolled"]] == ["<script>"]
         assert "already" in refused(409, one.reserve, "<script>")
         assert one.reserve("anna") == 4
@@ -73,10 +75,10 @@ def test_a_write_that_fails_changes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     known = roster(folder)
-    known.add("anna", known.reserve("anna"), VECTOR)
+    known.add(known.person("anna", known.reserve("anna"), VECTOR, ()))
     folder.rename(tmp_path / "kept")
     with pytest.raises(UserError, match="cannot be written"):
-        known.add("berta", 5, VECTOR)
+        known.add(known.person("berta", 5, VECTOR, ()))
     with pytest.raises(UserError, match="cannot be written"):
         known.remove("anna")
     assert list(known.enrolled) == ["anna"] and known.row("anna", Caller()) == 4
@@ -87,10 +89,10 @@ def test_it_is_what_the_command_of_enrolment_reads_and_writes(tmp_path: Path) ->
     known = roster(tmp_path)
     row = known.reserve("anna")
     people.write(tmp_path, Person("berta", row, 5, "weights", VECTOR, (), {}))  # by somebody else, meanwhile
-    assert "restart it" in refused(409, known.add, "anna", row, VECTOR)
+    assert "restart it" in refused(409, known.add, known.person("anna", row, VECTOR, ()))
     again = roster(tmp_path)
     assert again.row("berta", Caller()) == row and again.reserve("anna") == 5
-    again.add("anna", 5, VECTOR)
+    again.add(again.person("anna", 5, VECTOR, ()))
     found = people.read(tmp_path)
     assert [(p.name, p.row, p.step, p.weights) for p in found] == [
         ("berta", 4, 5, "weights"),
@@ -106,7 +108,19 @@ def test_it_is_what_the_command_of_enrolment_reads_and_writes(tmp_path: Path) ->
 def test_a_run_without_rows_enrols_nobody(tmp_path: Path) -> None:
     known = roster(tmp_path, table=None)
     assert "no rows for queriers" in refused(409, known.reserve, "anna")
-    assert [q["position"] for q in known.listed(Caller())] == [None] * 4
+    # One that reads history needs no row's value, but a number to be kept under.
+    known = Roster(NAMES, None, tmp_path, 5, "", history=True)
+    said = Dialogue("d", "maren", "anna", (Turn("anna", "bread?"), Turn("maren", "aye")), "g")
+    known.add(known.person("anna", known.reserve("anna"), None, [said]))
+    more = dataclasses.replace(known.of("anna"), dialogues=people.numbered([said, said], 4))
+    known.change(more)
+    again = Roster(NAMES, None, tmp_path, 5, "", history=True)
+    (person,) = people.read(tmp_path)
+    assert again.of("anna").dialogues == person.dialogues == more.dialogues and person.vector is None
+    assert [d.id for d in person.dialogues] == ["enrolled/4/0", "enrolled/4/1"] and person.weights == ""
+    assert "can be changed" in refused(409, again.of, "tilda") and "not known" in refused(404, again.of, "carl")
+    assert again.reserve("carl") == 5 and "or none left" in refused(409, again.reserve, "dora")
+    assert [q["position"] for q in known.listed(Caller())] == [None] * 5
 
 
 def test_the_map_keeps_what_lies_in_a_plane(tmp_path: Path) -> None:

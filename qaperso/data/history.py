@@ -46,20 +46,20 @@ def history(store: Store, dialogue: Dialogue, by: By) -> np.ndarray:
 def peers(store: Store, dialogue: Dialogue, record: Dialogue) -> np.ndarray:
     """What others got on the same occasion as an earlier record, as far as it may be shown beside a dialogue (ours).
 
-    The same occasion is the same item where records say one (reviews), else the same query cluster; of a record that the
-    store does not hold the cluster is not known, and any query will do. Others are other queriers of the same responder. The
+    The same occasion is the same item where records say one (reviews), else the same query cluster; where a record came
+    after the clusters were made (`people.with_history`), any query will do. Others are other queriers of the same responder. The
     bounds are the dialogue's, see `history`: what it may not look at is no peer of a record either.
 
     Args:
       store: of the run.
       dialogue: for whose sake the record is looked at.
-      record: of the training split, or one that took place after the data were made.
+      record: of the training split.
 
     Returns:
       Indices of the store, int64[n], oldest first.
     """
     index = _index(store)
-    by: By = "item" if "item" in record.fields else "cluster" if record.id in index.cluster else "responder"
+    by: By = "item" if "item" in record.fields else "cluster" if index.cluster.get(record.id, -1) >= 0 else "responder"
     found = history(store, dataclasses.replace(record, group=dialogue.group, time=dialogue.time), by)
     responder, querier = (index.people.get(name, -1) for name in (record.responder, record.querier))
     return found[(index.querier[found] != querier) & (index.responder[found] == responder)]
@@ -90,7 +90,7 @@ class Item:
     record: Dialogue | None = None
 
 
-def items(store: Store, dialogue: Dialogue, limit: int, later: Sequence[Dialogue] = ()) -> list[Item]:
+def items(store: Store, dialogue: Dialogue, limit: int) -> list[Item]:
     """The most recent of what a querier asked before (ours), under the rules of `history`.
 
     It is what the pair said to each other; where they never did, what the querier said to anybody. A profile that the data
@@ -101,7 +101,6 @@ def items(store: Store, dialogue: Dialogue, limit: int, later: Sequence[Dialogue
       store: of the run.
       dialogue: see `history`.
       limit: at most so many.
-      later: dialogues of the querier that took place after the data were made, in order.
 
     Returns:
       Items, oldest first; those without a time come first.
@@ -115,13 +114,10 @@ def items(store: Store, dialogue: Dialogue, limit: int, later: Sequence[Dialogue
                 told_then = store.dialogues[i]
                 found += [Item(q.text, r.text, told_then.time, told_then) for q, r in reversed(exchanges(told_then))]
     given = [Item(entry["query"], entry["reply"], entry.get("time")) for entry in profile(store, dialogue)]
-    added = [Item(q.text, r.text, d.time, d) for d in later if d.group != dialogue.group for q, r in exchanges(d)]
-    # What has no time is older than what has one, but for what was added: that is the most recent.
-    told = [(-math.inf if item.time is None else item.time, item) for item in (*given, *reversed(found))]
-    told += [(math.inf if item.time is None else item.time, item) for item in added]
+    told = [*given, *reversed(found)]
     if dialogue.time is not None:
-        told = [(when, item) for when, item in told if item.time is None or item.time < dialogue.time]
-    return [item for _, item in sorted(told, key=lambda pair: pair[0])][-limit:]
+        told = [item for item in told if item.time is None or item.time < dialogue.time]
+    return sorted(told, key=lambda item: -math.inf if item.time is None else item.time)[-limit:]
 
 
 def profile(store: Store, dialogue: Dialogue) -> Sequence[dict[str, Any]]:

@@ -68,8 +68,8 @@ class Reader(Protocol):
     def start(self, values: Tree) -> Tree:
         """First values of the trainable tree, where some are not those declared."""
 
-    def add(self, dialogue: Dialogue) -> None:
-        """Takes in a dialogue that took place since; it is history to whatever is asked from now on."""
+    def over(self, store: Store) -> Reader:
+        """The same over other data, such as those with dialogues that took place since."""
 
     def summary(self) -> str:
         """One sentence on what is kept."""

@@ -10,9 +10,11 @@ encoder.
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import functools
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -142,7 +144,7 @@ class Reader:
         self._vectors.add(own, self._embed)
         self._made = len(self._vectors) - before
         self._known: dict[int, np.ndarray] = {}
-        self._later: dict[str, list[Dialogue]] = collections.defaultdict(list)
+        self._lock = threading.Lock()
 
     def columns(self, dialogue: Dialogue) -> Mapping[str, Any]:
         """What `soft` reads.
@@ -153,11 +155,12 @@ class Reader:
           difference: where these are asked for, how each item differs from what others got on the same occasion
             (`history.peers`, the `PEERS` most recent), [pplug.history, E]; items that nobody else met are left out.
         """
-        told = items(self._store, dialogue, self.pplug.history, self._later.get(dialogue.querier, ()))
+        told = items(self._store, dialogue, self.pplug.history)
         if self.pplug.differences:
             others = [self._others(dialogue, item) for item in told]
             told = [item for item, rows in zip(told, others, strict=True) if len(rows)]
-        rows = self._vectors.add([item_text(item) for item in told], self._embed)
+        with self._lock:
+            rows = self._vectors.add([item_text(item) for item in told], self._embed)
         query = np.full(self.pplug.query, -1, np.int32)
         (ids,) = self._tokens([asked(dialogue)])
         # The last token may be the encoder's own, which ends every text.
@@ -190,11 +193,13 @@ class Reader:
         copy = jax.tree.map(lambda new, old: jax.device_put(np.array(new), old.sharding), self._params, old)
         return {**values, "plug": {**values["plug"], "encoder": copy}}
 
-    def add(self, dialogue: Dialogue) -> None:
-        """Its exchanges are embedded, kept, and history to whatever its querier asks in other conversations."""
-        self._later[dialogue.querier].append(dialogue)
-        texts = [item_text(Item(q.text, r.text)) for q, r in exchanges(dialogue)]
-        self._vectors.add(texts, self._embed)
+    def over(self, store: Store) -> Reader:
+        """The same over other data, of which only texts that were never met are embedded."""
+        other = copy.copy(self)
+        other._store, other._known = store, {}
+        with self._lock:
+            self._vectors.add(_texts(store), self._embed)
+        return other
 
     def summary(self) -> str:
         """How many vectors there are, and what a querier's take."""

@@ -102,6 +102,11 @@ def make_app(service: Service) -> Starlette:
         # Whether the client stays or not: a fit that was begun is ended, and the name is registered.
         return JSONResponse(await service.enrol(asked), 201)
 
+    async def tell(request: Request) -> Response:
+        _caller(service, request).check_unlimited()
+        asked = protocol.parse_told(await _body(service, request), request.path_params["name"])
+        return JSONResponse(await service.tell(asked))
+
     async def forget(request: Request) -> Response:
         _caller(service, request).check_unlimited()
         name = request.path_params["name"]
@@ -121,6 +126,7 @@ def make_app(service: Service) -> Starlette:
         Route("/v1/embeddings", embeddings, methods=["POST"]),
         Route("/v1/queriers", queriers),
         Route("/v1/queriers", enrol, methods=["POST"]),
+        Route("/v1/queriers/{name}/dialogues", tell, methods=["POST"]),
         Route("/v1/queriers/{name:path}", forget, methods=["DELETE"]),
     ]
     handlers = {ApiError: _on_error, HTTPException: _on_http_error, ClientDisconnect: _on_left, Exception: _on_failure}

@@ -201,7 +201,8 @@ class Engine:
         tickets = [ticket for ticket in self._tickets.values() if ticket.row == row]
         self._tell([(ticket, gone) for ticket in tickets])
         self._drop(tickets)
-        self._set_row(row, np.asarray(people.table_of(self.model.trained)[STRANGER]))
+        if "rows" in self.model.trained.get("tower", {}):
+            self._set_row(row, np.asarray(people.table_of(self.model.trained)[STRANGER]))
 
     def _warm_up(self) -> None:
         """Compiles what requests need, a program for each bucket of prompts and the step, and times the step."""

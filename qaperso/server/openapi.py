@@ -48,7 +48,7 @@ def document(limits: Limits, keys: bool) -> Json:
         "/v1/queriers": {
             "get": _operation("Who can ask, as far as the key reaches.", (401,), {200: _json(_listed("Querier"))}),
             "post": _operation(
-                "Enrols somebody new by a row of their own.",
+                "Enrols somebody new by a row of their own, or by their history.",
                 (*POSTED, 409),
                 {201: _json(_ref("Enrolled"))},
                 _ref("Enrol"),
@@ -57,6 +57,15 @@ def document(limits: Limits, keys: bool) -> Json:
         "/v1/queriers/{name}": {
             "delete": _operation(
                 "Forgets somebody who was enrolled here.", (401, 403, 404, 409, 503), {200: _json(_ref("Deleted"))}
+            ),
+            "parameters": [_parameter("name")],
+        },
+        "/v1/queriers/{name}/dialogues": {
+            "post": _operation(
+                "Adds to the history of somebody who was enrolled here.",
+                (*POSTED, 409),
+                {200: _json(_ref("Enrolled"))},
+                _ref("Told"),
             ),
             "parameters": [_parameter("name")],
         },
@@ -125,6 +134,7 @@ def _schemas(limits: Limits) -> Json:
         **neutral,
         **{name: {"description": "Not used."} for name in protocol.UNUSED},
     }
+    told = {"type": "array", "items": messages, "minItems": 1, "maxItems": protocol.DIALOGUES}
     one = {"anyOf": [text, messages]}
     return {
         "Error": _object({"error": error}, ("error",)),
@@ -174,10 +184,11 @@ def _schemas(limits: Limits) -> Json:
             {
                 "name": {**text, "maxLength": protocol.NAME_LENGTH, "description": "Printable, without slashes."},
                 "model": text,
-                "dialogues": {"type": "array", "items": messages, "minItems": 1, "maxItems": protocol.DIALOGUES},
+                "dialogues": told,
             },
             ("name", "model", "dialogues"),
         ),
+        "Told": _object({"model": text, "dialogues": told}, ("model", "dialogues")),
         "Enrolled": _object(
             {**querier, "dialogues": {"type": "integer"}, "seconds": {"type": "number"}}, tuple(querier)
         ),

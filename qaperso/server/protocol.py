@@ -220,6 +220,16 @@ def _is_dialogue(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
+def parse_told(body: Json, name: str) -> Enrol:
+    """More dialogues of a querier, whose name is in the path.
+
+    Raises:
+      ApiError: 400, as `parse_enrol`.
+    """
+    _known(body, ("model", "dialogues"))
+    return parse_enrol({**body, "name": name})
+
+
 def parse_enrol(body: Json) -> Enrol:
     """Name and dialogues of a new querier.
 

@@ -10,7 +10,7 @@ import functools
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qaperso.data.store import STRANGER_NAME, Registry, Store
 from qaperso.errors import UserError
 from qaperso.eval import retrieval
 from qaperso.generate import Sampling
+from qaperso.people import Person
 from qaperso.run import Run
 from qaperso.server import protocol
 from qaperso.server.engine import Engine, Ticket
@@ -32,7 +33,7 @@ from qaperso.server.meters import Meters
 from qaperso.server.protocol import ApiError, Chat, Defaults, Embed, Enrol, Json, Limits
 from qaperso.server.roster import Roster
 from qaperso.server.text import Stops
-from qaperso.types import STRANGER
+from qaperso.types import STRANGER, Dialogue
 
 Tree = Any
 # Weight of the newest reply in the mean duration, by which a full queue says when to come again.
@@ -73,21 +74,25 @@ class Service:
                 " which the server does not do; serve a run of another method, or use python -m qaperso.chat"
             )
         table = trainable.get("tower", {}).get("rows")
-        self.rows, self.embeds = table is not None, "heads" in trainable
+        self.rows, self.embeds, self.history = table is not None, "heads" in trainable, run.method.reads_history(run.setting)
         self.keys, self.limits, self.meters, self.step = keys, limits, Meters(), step
         self.folder: Path = run.workdir
         weights = "" if table is None else people.digest(trainable)
-        self.roster = Roster(run.registry, None if table is None else np.asarray(table), run.workdir, step, weights)
+        table = None if table is None else np.asarray(table)
+        self.roster = Roster(run.registry, table, run.workdir, step, weights, self.history)
         g = run.config.generate
         self.defaults = Defaults(min(g.max_new_tokens, limits.tokens), g.temperature, g.top_p)
         self.created = int(time.time())
         name = run.workdir.resolve().name
         self.models = {f"{name}/{responder}": responder for responder in run.registry.responders}
-        self._model: Model = prepare(run, people.placed(trainable, self.roster.people, step, run.workdir))
+        later = tuple(self.roster.enrolled.values())
+        self._model: Model = prepare(run, people.placed(trainable, later, step, run.workdir))
         # Only fits and embeddings need the weights as training has them: a second copy.
         self._whole = (run, trainable) if self.rows or self.embeds else None
         self.meters.enrolled.set(len(self.roster.enrolled))
-        self.run = self._model.run
+        # As it is without those who were enrolled, and with them: what prompts are made with.
+        self._plain = self._model.run
+        self.run = rows.heard(self._plain, later)
         self.engine: Engine | None = None
         self.draining = False
         self._admitted = 0
@@ -128,7 +133,7 @@ class Service:
         """The models, one a responder."""
         more = {
             "embeddings": self.embeds,
-            "enrol": self.rows,
+            "enrol": self.rows or self.history,
             "max_tokens": self.limits.tokens,
             "defaults": dataclasses.asdict(self.defaults),
         }
@@ -219,7 +224,8 @@ class Service:
                 "the model makes no representations: it was trained without contrast", "model", "unsupported_value"
             )
         run, trainable = self._whole
-        store = _store([(spoken, STRANGER_NAME) for spoken in asked.dialogues], responder, run.registry)
+        said = [protocol.dialogue_of(spoken, STRANGER_NAME, responder, i) for i, spoken in enumerate(asked.dialogues)]
+        store = _store(said, run.registry)
         with self.place():
             lengths = [await anyio.to_thread.run_sync(_length, run, dialogue) for dialogue in store.dialogues]
             for i, length in enumerate(lengths):
@@ -236,37 +242,79 @@ class Service:
         return vectors.tolist(), sum(lengths)
 
     async def enrol(self, asked: Enrol) -> Json:
-        """Fits a row to somebody new and registers them; one at a time.
+        """Makes somebody new known, by a row that is fitted, by their dialogues as history, or both; one at a time.
 
         Raises:
-          ApiError: 400: no dialogue fits a row; 409: name taken or no row left; 429: another fit is under way; 503: the folder
+          ApiError: 400: no dialogue fits a row; 409: name taken or no row left; 429: another one is under way; 503: the folder
             of enrolled queriers cannot be written.
         """
         responder = self.responder(asked.model)
+        async with self._alone():
+            with self.place():
+                row, done = self.roster.reserve(asked.name), False
+                try:
+                    start = time.monotonic()
+                    said = _said(asked, responder)
+                    kept = said if self.history else ()
+                    person = self.roster.person(asked.name, row, None, kept)
+                    run = await anyio.to_thread.run_sync(self._heard, person)
+                    if self.rows:
+                        vector = await anyio.to_thread.run_sync(self._fit, said, run)
+                        await asyncio.wrap_future(self.engine.set_row(row, vector))
+                        person = self.roster.person(asked.name, row, vector, kept)
+                    with _written():
+                        self.roster.add(person)
+                    self.run, done = run, True
+                finally:
+                    if not done:
+                        self.roster.release(row)
+        self.meters.enrolled.set(len(self.roster.enrolled))
+        return self._entry(asked, start)
+
+    async def tell(self, asked: Enrol) -> Json:
+        """Adds dialogues to the history of somebody who was enrolled; the next question sees them.
+
+        Raises:
+          ApiError: 404, 409: see `Roster.of`, or the model reads no history; 429, 503: as `enrol`.
+        """
+        responder = self.responder(asked.model)
+        if not self.history:
+            message = "the model reads no history: forget and enrol again, with all dialogues, to fit the row anew"
+            raise ApiError(409, message, "no_history", "name")
+        async with self._alone():
+            with self.place():
+                start, old = time.monotonic(), self.roster.of(asked.name)
+                said = people.numbered((*old.dialogues, *_said(asked, responder)), old.row)
+                person = dataclasses.replace(old, dialogues=said)
+                run = await anyio.to_thread.run_sync(self._heard, person)
+                # The name may have been struck meanwhile.
+                self.roster.of(asked.name)
+                with _written():
+                    self.roster.change(person)
+                self.run = run
+        return self._entry(asked, start)
+
+    def _entry(self, asked: Enrol, start: float) -> Json:
+        entry = next(q for q in self.roster.listed(Caller()) if q["id"] == asked.name)
+        return {**entry, "dialogues": len(asked.dialogues), "seconds": round(time.monotonic() - start, 3)}
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
         if self._fitting.locked():
             raise ApiError(
                 429, "somebody else is being enrolled; try again later", "enrolling", headers={"Retry-After": "5"}
             )
         async with self._fitting:
-            with self.place():
-                row, done = self.roster.reserve(asked.name), False
-                try:
-                    start = time.monotonic()
-                    vector = await anyio.to_thread.run_sync(self._fit, asked, responder)
-                    await asyncio.wrap_future(self.engine.set_row(row, vector))
-                    with _written():
-                        self.roster.add(asked.name, row, vector)
-                    done = True
-                finally:
-                    if not done:
-                        self.roster.release(row)
-        self.meters.enrolled.set(len(self.roster.enrolled))
-        entry = next(q for q in self.roster.listed(Caller()) if q["id"] == asked.name)
-        return {**entry, "dialogues": len(asked.dialogues), "seconds": round(time.monotonic() - start, 3)}
+            yield
 
-    def _fit(self, asked: Enrol, responder: str) -> np.ndarray:
+    def _heard(self, person: Person) -> Run:
+        """The run with those who were enrolled and somebody new, or somebody changed."""
+        return rows.heard(self._plain, tuple({**self.roster.enrolled, person.name: person}.values()))
+
+    def _fit(self, said: Sequence[Dialogue], heard: Run) -> np.ndarray:
         run, trainable = self._whole
-        store = _store([(spoken, asked.name) for spoken in asked.dialogues], responder, run.registry)
+        run = dataclasses.replace(run, store=heard.store, reader=heard.reader)
+        store = _store(said, run.registry)
         try:
             # Every reply says something of the querier.
             encode = functools.partial(run.encode, labels="all")
@@ -289,6 +337,9 @@ class Service:
         with _written():
             row = self.roster.remove(name)
         self.meters.enrolled.set(len(self.roster.enrolled))
+        # Whoever is being enrolled was given a history that still has theirs.
+        async with self._fitting:
+            self.run = await anyio.to_thread.run_sync(rows.heard, self._plain, tuple(self.roster.enrolled.values()))
         await asyncio.wrap_future(self.engine.forget_row(row))
         self.roster.release(row)
 
@@ -302,16 +353,21 @@ def _written() -> Iterator[None]:
         raise ApiError(503, f"nothing was changed: {why}", "not_written") from error
 
 
-def _store(spoken: list[tuple[protocol.Spoken, str]], responder: str, registry: Registry) -> Store:
+def _said(asked: Enrol, responder: str) -> tuple[Dialogue, ...]:
+    """The dialogues of a request, each a conversation of its own that took place now."""
+    found = (protocol.dialogue_of(spoken, asked.name, responder, i) for i, spoken in enumerate(asked.dialogues))
+    return tuple(dataclasses.replace(d, group=secrets.token_hex(8), time=time.time()) for d in found)
+
+
+def _store(dialogues: Sequence[Dialogue], registry: Registry) -> Store:
     """Dialogues of a request as data of no split; their queriers count as strangers."""
-    dialogues = tuple(protocol.dialogue_of(messages, who, responder, i) for i, (messages, who) in enumerate(spoken))
     count = len(dialogues)
-    number = np.full(count, registry.responders.index(responder), np.int32)
+    number = np.array([registry.responders.index(d.responder) for d in dialogues], np.int32)
     nothing = np.zeros(count, np.int32)
     names = np.zeros(0, np.int32)
     classes = {key: names for key in ("responder", "querier", "cluster")}
     stranger, none = np.full(count, STRANGER, np.int32), np.full(count, -1, np.int32)
-    return Store(dialogues, registry, stranger, number, nothing, np.arange(count, dtype=np.int32), classes, none)
+    return Store(tuple(dialogues), registry, stranger, number, nothing, np.arange(count, dtype=np.int32), classes, none)
 
 
 def _length(run: Run, dialogue: Any) -> int:
