@@ -13,7 +13,7 @@ from qaperso import aot, chips
 from qaperso import config as configs
 from qaperso import plan as planning
 from qaperso.chips import GIB
-from qaperso.hlo import Array, Collective, Cost
+from qaperso.hlo import Array, Collective, Cost, Kernel
 from qaperso.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +38,7 @@ def get_config():
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny configuration; topologies are the fake devices of the tests, and programs are not compiled but known."""
     gather = Collective("all-gather", (Array("bf16", (64, 32)),), 4096.0, 8, times=6)
-    known = aot.Compiled(True, 3.0 * GIB, 4.0 * GIB, 7.5 * GIB, Cost(2e9, 3e8, (gather,)), "")
+    known = aot.Compiled(True, 3.0 * GIB, 4.0 * GIB, 7.5 * GIB, Cost((Kernel(2e9, 3e8),), 0.0, (gather,)), "")
     monkeypatch.setattr(aot, "devices", lambda _: jax.devices())
     monkeypatch.setattr(aot, "compile_program", lambda *_: known)
     (tmp_path / "tiny.py").write_text(TINY, encoding="utf-8")
