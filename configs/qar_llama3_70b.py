@@ -7,7 +7,7 @@ SMALLER = runpy.run_path(str(Path(__file__).with_name("qar_llama3_8b.py")))
 PACKED = SMALLER["PACKED"]
 VARIANTS = {
     "v5e-256": PACKED | {"batch.rows": 512},
-    "v5p-128": PACKED | {"batch.rows": 192, "remat": "dots"},
+    "v5p-128": PACKED | {"batch.rows": 384, "remat": "dots"},
     "v6e-64": PACKED | {"batch.rows": 256},
 }
 

@@ -1,17 +1,17 @@
 """QAR on Llama-3.1-8B-Instruct: `configs/qar_llama3_8b.py` as published, `configs/qar_llama3_8b.py:v5e-16` for those chips.
 
 Published (arXiv 2412.11736): rank 64 for Llama, LoRA of rank 16, rows of one dialogue and 592 tokens, heads of 512,
-learning rate 2e-4 after 20 steps of warm-up. The variants pack rows and spread parameters over all chips: settings to start
-from, which `python -m qaperso.plan` is to judge before chips are rented. --config.data.path=DIR names what `python -m qaperso.prepare` made.
+learning rate 2e-4 after 20 steps of warm-up. The variants pack rows and spread parameters over all chips; what
+`python -m qaperso.plan` says of them is in docs/scale.md. --config.data.path=DIR names what `python -m qaperso.prepare` made.
 """
 
 from qaperso.config import default
 
 PACKED = {"batch.length": 640, "batch.targets": 320, "batch.dialogues": 4, "mesh.data": 1, "mesh.fsdp": -1}
 VARIANTS = {
-    "v5e-16": PACKED | {"batch.rows": 32, "remat": "dots"},
-    "v5e-256": PACKED | {"batch.rows": 512, "remat": "dots"},
-    "v5p-128": PACKED | {"batch.rows": 512, "remat": "dots"},
+    "v5e-16": PACKED | {"batch.rows": 64, "remat": "dots"},
+    "v5e-256": PACKED | {"batch.rows": 1024, "remat": "dots"},
+    "v5p-128": PACKED | {"batch.rows": 1024, "remat": "dots"},
     "v6e-64": PACKED | {"batch.rows": 256, "remat": "dots"},
 }
 

@@ -7,6 +7,7 @@ declaration per array is common practice in JAX code).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -166,3 +167,26 @@ def gather_small(tree: Tree) -> Tree:
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
+# Logical names of dimensions that stay spread over the mesh's tensor axis while a layer computes.
+WIDE = ("heads", "kv_heads", "mlp")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_kernel(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """A layer's array whole on each device, but for dimensions named in WIDE, which stay spread over the tensor axis.
+
+    Left to itself the compiler hides the gathering behind products with the kernel's parts; on TPUs their float32 sums go
+    through memory for every part. The gradient is not gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spread = (
+        "tensor" if a in WIDE and divides(mesh, ("tensor",), n) else None for a, n in zip(axes, x.shape, strict=True)
+    )
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spread))
+
+
+gather_kernel.defvjp(lambda x, axes: (gather_kernel(x, axes), None), lambda axes, _, d: (d,))

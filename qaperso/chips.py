@@ -17,6 +17,7 @@ class Chip:
 
     Attributes:
       flops: dense bfloat16 FLOP/s.
+      efficiency: share of them that kernels reach which compute binds; fitted, see `roofline`.
       hbm_bytes: of memory.
       hbm_bandwidth: bytes/s between memory and compute units.
       link_bandwidth: bytes/s that leave the chip over all of its links together (half of what is called bidirectional).
@@ -27,6 +28,7 @@ class Chip:
     """
 
     flops: float
+    efficiency: float
     hbm_bytes: int
     hbm_bandwidth: float
     link_bandwidth: float
@@ -38,9 +40,9 @@ class Chip:
 
 TPU_PAGES = "https://docs.cloud.google.com/tpu/docs/"
 CHIPS = {
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 2, 16, 256, TPU_PAGES + "v5e"),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 3, 4, 8960, TPU_PAGES + "v5p"),
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, 2, 16, 256, TPU_PAGES + "v6e"),
+    "v5e": Chip(197e12, 0.84, 16 * GIB, 819e9, 200e9, 2, 16, 256, TPU_PAGES + "v5e"),
+    "v5p": Chip(459e12, 0.818, 95 * GIB, 2765e9, 600e9, 3, 4, 8960, TPU_PAGES + "v5p"),
+    "v6e": Chip(918e12, 0.598, 32 * GIB, 1640e9, 448e9, 2, 16, 256, TPU_PAGES + "v6e"),
 }
 
 

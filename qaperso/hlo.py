@@ -14,6 +14,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from qaperso.hlo_text import NAME, Array, Computation, Instruction, parse
 
@@ -22,6 +23,8 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "iota", "while", "conditional", "call", "async-start", "async-update", "async-done"}
 SLICES = ("dynamic-slice", "slice", "gather")
+# Products of queries' and keys' blocks in the kernels of attention (`models/splash.py`), whose inside is not in the text.
+ATTENTION = {"fwd": 2, "dq": 3, "dkv": 4}
 
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -54,32 +57,51 @@ class Collective:
         return self.bytes * share.get(self.kind, (self.group - 1) / self.group)
 
 
+class Kernel(NamedTuple):
+    """What one kernel does in one run, and how often it runs; `bytes` are read from and written to main memory."""
+
+    flops: float
+    bytes: float
+    times: int = 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What a program does on one device.
 
     Attributes:
-      flops: of matrix products and convolutions.
-      hbm_bytes: read from and written to main memory: operands and results of every kernel, slices as slices.
+      kernels: one after another; FLOPs are those of matrix products, convolutions and attention; bytes those of operands and
+        results, slices as slices.
+      transfers: bytes that are read from and written to main memory while kernels run: by communication, and copies
+        into and out of fast memory.
       collectives: with how often each runs.
     """
 
-    flops: float = 0.0
-    hbm_bytes: float = 0.0
+    kernels: tuple[Kernel, ...] = ()
+    transfers: float = 0.0
     collectives: tuple[Collective, ...] = ()
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes, self.collectives + other.collectives)
+    @property
+    def flops(self) -> float:
+        """Of all kernels."""
+        return sum((k.flops * k.times for k in self.kernels), 0.0)
 
-    def once(self) -> Cost:
-        """With one collective of each channel: the others are parts of it, in kernels that run meanwhile."""
-        seen = {c.channel or -i: c for i, c in reversed(list(enumerate(self.collectives, 1)))}
-        return dataclasses.replace(self, collectives=tuple(reversed(seen.values())))
+    @property
+    def hbm_bytes(self) -> float:
+        """Read from and written to main memory, transfers included."""
+        return sum((k.bytes * k.times for k in self.kernels), self.transfers)
 
     def repeated(self, times: int) -> Cost:
         """The same, `times` times."""
+        kernels = tuple(k._replace(times=k.times * times) for k in self.kernels)
         found = tuple(dataclasses.replace(c, times=c.times * times) for c in self.collectives)
-        return Cost(self.flops * times, self.hbm_bytes * times, found)
+        return Cost(kernels, self.transfers * times, found)
+
+
+def _once(collectives: Sequence[Collective]) -> tuple[Collective, ...]:
+    """One collective of each channel: the others are parts of it, in kernels that run meanwhile."""
+    seen = {c.channel or -i: c for i, c in reversed(list(enumerate(collectives, 1)))}
+    return tuple(reversed(seen.values()))
 
 
 def cost(text: str) -> Cost:
@@ -91,31 +113,48 @@ def cost(text: str) -> Cost:
     computations, entry = parse(text)
 
     @functools.cache
-    def of(name: str, fused: bool) -> Cost:
-        inside, total, beside = computations[name], Cost(), ()
+    def inside_of(name: str) -> tuple[float, tuple[Collective, ...]]:
+        """FLOPs and communication of a fused kernel."""
+        inside, flops, found = computations[name], 0.0, ()
         for one in inside.values():
-            total += Cost(_flops(one, inside))
-            total += Cost(collectives=_collectives(one, inside, fused))
-            if one.opcode == "fusion":
-                inner = of(one.called("calls"), True)
-                beside += inner.collectives
-                total += inner
-            elif one.opcode == "while":
-                total += of(one.called("body"), False).repeated(_trips(one, computations))
-            elif one.opcode in ("call", "async-start"):
-                total += of(one.called("to_apply") or one.called("calls"), fused)
-            elif one.opcode == "conditional":
-                branches = [of(branch, False) for branch in _branches(one)]
-                total += max(branches, key=lambda c: (c.flops, c.hbm_bytes))
-            if not fused:
-                total += Cost(hbm_bytes=_traffic(one, inside, computations))
-        if fused:
-            return total
-        # What arrives beside other kernels is written once, whichever of them lists it.
-        arriving = Cost(collectives=beside).once().collectives
-        return total.once() + Cost(hbm_bytes=sum((c.bytes for c in arriving), 0.0))
+            flops += _flops(one, inside)
+            found += _collectives(one, inside, True)
+            if one.opcode in ("fusion", "call", "async-start"):
+                more = inside_of(one.called("to_apply") or one.called("calls"))
+                flops, found = flops + more[0], found + more[1]
+        return flops, found
 
-    return of(entry, False)
+    @functools.cache
+    def of(name: str) -> Cost:
+        inside = computations[name]
+        kernels, transfers, found, beside = [], 0.0, [], []
+        for one in inside.values():
+            flops, traffic, other = _flops(one, inside), _traffic(one, inside, computations), None
+            found += _collectives(one, inside, False)
+            if one.opcode == "fusion":
+                more, arriving = inside_of(one.called("calls"))
+                flops += more
+                beside += arriving
+                found += arriving
+            elif one.opcode == "while":
+                other = of(one.called("body")).repeated(_trips(one, computations))
+            elif one.opcode in ("call", "async-start"):
+                other = of(one.called("to_apply") or one.called("calls"))
+            elif one.opcode == "conditional":
+                other = max((of(branch) for branch in _branches(one)), key=lambda c: (c.flops, c.hbm_bytes))
+            if other is not None:
+                kernels += other.kernels
+                transfers += other.transfers
+                found += other.collectives
+            elif one.kind in COLLECTIVES or one.opcode.endswith("-start"):
+                transfers += traffic
+            elif flops or traffic:
+                kernels.append(Kernel(flops, traffic))
+        # What arrives beside other kernels is written once, whichever of them lists it.
+        transfers += sum((c.bytes for c in _once(beside)), 0.0)
+        return Cost(tuple(kernels), transfers, _once(found))
+
+    return of(entry)
 
 
 def _branches(one: Instruction) -> Sequence[str]:
@@ -195,15 +234,24 @@ def _collectives(one: Instruction, inside: Computation, fused: bool) -> tuple[Co
 
 
 def _flops(one: Instruction, inside: Computation) -> float:
-    """2 for each multiplication of a matrix product or convolution; 0 for anything else."""
+    """2 for each multiplication of a matrix product, convolution or kernel of attention; 0 for anything else."""
     if one.opcode == "convolution":
         return _convolution(one, inside)
+    if attention := re.match(r"splash_mha_(fwd|dq|dkv)", one.name):
+        return ATTENTION[attention[1]] * _causal(_operands(one, inside))
     key = r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)'
     found = re.search(key, one.rest) if one.opcode in ("dot", "custom-call") else None
     if not found:
         return 0.0
     left = inside[one.operands[0]].result[0]
     return 2.0 * math.prod(one.result[0].dims) * math.prod(left.dims[int(i)] for i in re.findall(r"\d+", found[1]))
+
+
+def _causal(operands: Sequence[Array]) -> float:
+    """FLOPs of one product of queries and keys [..., H, S, d]; blocks that lie in the future are skipped."""
+    blocks = operands[0].dims[-1]
+    queries = next(a for a in operands if len(a.dims) == 5)
+    return 2.0 * math.prod(queries.dims) * queries.dims[-2] * (blocks + 1) / (2 * blocks)
 
 
 def _convolution(one: Instruction, inside: Computation) -> float:
@@ -238,10 +286,16 @@ def _traffic(one: Instruction, inside: Computation, computations: Mapping[str, C
         return 0.0
     if one.opcode == "fusion":
         return _fusion_traffic(one, inside, computations)
+    if "AllocateBuffer" in one.rest:
+        return 0.0
     operands = _operands(one, inside)
     read, written = _main(operands), _main(one.result)
     if one.opcode in SLICES:
         return 2 * written
+    if one.kind in SLICES:
+        # Only the part is read, and written where it does not go into the chip's own memory.
+        part = one.result[1]
+        return part.bytes * (operands[0].main + part.main)
     if one.opcode == "dynamic-update-slice":
         return 2 * _main(inside[one.operands[1]].result)
     if one.opcode == "copy-start":

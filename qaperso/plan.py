@@ -156,12 +156,11 @@ def plan(
 
 def predict(one: Plan, cost: Cost, topology: Topology, tokens: int) -> Plan:
     """The plan with what its program does, and how long that takes for so many tokens on all chips."""
-    work = roofline.work_of(cost)
-    guess = roofline.estimate(work, topology, one.useful_flops)
+    guess = roofline.estimate(roofline.work_of(cost), topology, one.useful_flops)
     listed = [dataclasses.asdict(c) | {"arrays": " ".join(map(str, c.arrays))} for c in cost.collectives]
     return dataclasses.replace(
         one,
-        flops=work.flops,
+        flops=cost.flops,
         collectives=tuple(listed),
         seconds=guess.parts,
         step_seconds=guess.seconds,

@@ -1,24 +1,25 @@
-"""From work to time: a roofline over compute, memory and links, with two constants fitted on published runs.
+"""From work to time: a roofline over every kernel, with one constant for each kind of chip, fitted on a published run.
 
-    seconds = FLOPs / (EFFICIENCY * peak) + bytes / (BANDWIDTH * memory's peak) + bytes sent / links' peak
+A kernel takes as long as its products or its bytes, whichever is more:
 
-The three add up: nothing is taken to be hidden behind anything else. EFFICIENCY is the share of the peak at which products
-run, BANDWIDTH that at which memory is read and written, with whatever the count of bytes leaves out. Both were fitted on two
-of MaxText's published runs, on chips whose ratios of compute to memory differ by more than three;
-`tests/test_roofline.py` fits them again and checks that the other runs come out.
+    seconds = max(FLOPs / (efficiency * peak), bytes / (BANDWIDTH * memory's peak))
+
+Copies and communication read and write memory while kernels run, and take what these leave of BANDWIDTH. Links come on top:
+no communication is taken to be hidden. `chips.Chip.efficiency` is what one of MaxText's published pre-training runs on such
+chips says; `tests/test_roofline.py` fits it again and checks that four other runs come out. BANDWIDTH was chosen: these runs
+hardly tell, any value from 0.5 to 0.9 does with efficiencies that are fitted to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
 
 from qaperso.chips import Topology
-from qaperso.hlo import Cost
+from qaperso.hlo import Cost, Kernel
 from qaperso.models.config import DecoderConfig
 
-EFFICIENCY = 0.94
-BANDWIDTH = 0.425
+BANDWIDTH = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +27,13 @@ class Work:
     """What one chip does in a step.
 
     Attributes:
-      flops: of matrix products, what is recomputed included.
-      hbm_bytes: read from and written to memory.
+      kernels: FLOPs and bytes of each, what is recomputed included.
+      transfers: bytes that are read from and written to memory while they run.
       sent: (bytes, chips) for each collective: what one chip sends in a step, and how many chips take part.
     """
 
-    flops: float
-    hbm_bytes: float
+    kernels: tuple[Kernel, ...]
+    transfers: float
     sent: tuple[tuple[float, int], ...]
 
 
@@ -41,7 +42,8 @@ class Estimate:
     """A predicted step.
 
     Attributes:
-      parts: {"compute", "HBM", "interconnect": seconds}.
+      parts: {"compute", "HBM", "interconnect": seconds}: kernels that their products bind, those that memory binds with the
+        transfers that wait for it, and links.
       seconds: of the step, their sum.
       mfu: useful FLOPs over what the chips could do in that time.
       bound: which of the three takes longest.
@@ -55,21 +57,11 @@ class Estimate:
 
 def work_of(cost: Cost) -> Work:
     """The work of a compiled program."""
-    return Work(cost.flops, cost.hbm_bytes, tuple((c.sent * c.times, c.group) for c in cost.collectives))
-
-
-def limits(work: Work, topology: Topology) -> dict[str, float]:
-    """Seconds of each resource at its published speed."""
-    chip = topology.chip
-    return {
-        "compute": work.flops / chip.flops,
-        "HBM": work.hbm_bytes / chip.hbm_bandwidth,
-        "interconnect": sum(sent / topology.bandwidth(group) for sent, group in work.sent if sent),
-    }
+    return Work(cost.kernels, cost.transfers, tuple((c.sent * c.times, c.group) for c in cost.collectives))
 
 
 def estimate(
-    work: Work, topology: Topology, useful: float, efficiency: float = EFFICIENCY, bandwidth: float = BANDWIDTH
+    work: Work, topology: Topology, useful: float, efficiency: float | None = None, bandwidth: float = BANDWIDTH
 ) -> Estimate:
     """Predicts a step.
 
@@ -77,14 +69,21 @@ def estimate(
       work: of one chip.
       topology: the chips.
       useful: FLOPs of one chip that count for MFU.
-      efficiency, bandwidth: the two constants.
+      efficiency: None = that of the chips.
+      bandwidth: share of the memory's peak.
     """
-    each = limits(work, topology)
-    each["compute"] /= efficiency
-    each["HBM"] /= bandwidth
-    seconds = sum(each.values())
-    mfu = useful / seconds / topology.chip.flops
-    return Estimate(each, seconds, mfu, max(each, key=each.__getitem__))
+    chip = topology.chip
+    rate = chip.flops * (chip.efficiency if efficiency is None else efficiency)
+    speed = chip.hbm_bandwidth * bandwidth
+    parts, moving = {"compute": 0.0, "HBM": 0.0, "interconnect": 0.0}, work.transfers / speed
+    for flops, moved, times in work.kernels:
+        binds = "compute" if flops / rate >= moved / speed else "HBM"
+        parts[binds] += times * max(flops / rate, moved / speed)
+        moving += times * moved / speed
+    parts["HBM"] += max(0.0, moving - parts["compute"] - parts["HBM"])
+    parts["interconnect"] = sum(sent / topology.bandwidth(group) for sent, group in work.sent if sent)
+    seconds = sum(parts.values())
+    return Estimate(parts, seconds, useful / seconds / chip.flops, max(parts, key=parts.__getitem__))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Pretraining:
       length: tokens of a sequence.
       rows: sequences of a chip in a step.
       mfu: published share of the peak.
-      tokens: published tokens per second and chip.
+      remat: what is recomputed: "full", whole layers; "qkv", all but queries, keys and values.
     """
 
     model: DecoderConfig
@@ -105,7 +104,7 @@ class Pretraining:
     length: int
     rows: int
     mfu: float
-    tokens: float
+    remat: str
 
 
 def matmul_sizes(model: DecoderConfig) -> tuple[int, int]:
@@ -124,9 +123,9 @@ def useful_flops(run: Pretraining) -> float:
 def pretraining_work(run: Pretraining, chips: int) -> Work:
     """What one chip does in a step of such a run, from shapes alone.
 
-    The runs keep each layer's input and its queries, keys and values, and recompute the rest of a layer, but for what the
-    MLP gives, which nothing reads again. Attention is one kernel that computes the causal half, forward, again in the
-    backward pass, and there with five products for two; it reads and writes what stands before and behind it only.
+    Of a recomputed layer nothing reads again what the last product gives. Attention is one kernel that computes the causal
+    half, forward, again in the backward pass, and there with five products for two; it reads and writes what stands before
+    and behind it only.
 
     Args:
       run: its sizes.
@@ -135,36 +134,36 @@ def pretraining_work(run: Pretraining, chips: int) -> Work:
     m = run.model
     layer, table = matmul_sizes(m)
     tokens, wide, narrow = run.rows * run.length, m.heads * m.head_dim, m.kv_heads * m.head_dim
-    again = m.embed * (wide + 2 * m.mlp)
-    products = m.layers * (6 * layer + 2 * again) + 6 * table
-    # Scores and weighted values of the causal half are 2 S (H d) each token; passes: forward 1, again 1, backward 2.5.
-    attention = m.layers * 2 * run.length * wide * 4.5
-    # Elements of one token that the kernels of a layer read and write: two norms, seven products, the gate, two sums.
-    forward = 12 * m.embed + 4 * (wide + narrow) + 6 * m.mlp
-    recomputed = 6 * m.embed + 3 * (wide + narrow) + 4 * m.mlp
-    # Each product has two in the backward pass.
-    moved = 2 * m.layers * (forward * 3 + recomputed)
+    first = [(m.embed, wide), (m.embed, narrow), (m.embed, narrow)]
+    later = [(wide, m.embed), (m.embed, m.mlp), (m.embed, m.mlp)]
+    again = (first if run.remat == "full" else []) + later
+
+    def product(size: tuple[int, int], times: int) -> Kernel:
+        moved = tokens * sum(size) + math.prod(size)
+        return Kernel(2.0 * tokens * math.prod(size), 2.0 * moved, times)
+
+    # Each product has two more in the backward pass, and so have the other kernels: two norms, two sums and the gate.
+    products = [product(size, 3 * m.layers) for size in (*first, *later, (m.mlp, m.embed))]
+    products += [product(size, m.layers) for size in again] + [product((m.embed, m.vocab), 3)]
+    # Scores and weighted values of the causal half are 2 S (H d) each token.
+    scores, beside = 2.0 * tokens * run.length * wide, 4.0 * tokens * (wide + narrow)
+    attention = [Kernel(scores * passes, beside, m.layers) for passes in (1.0, 1.0, 2.5)]
+    plain = [Kernel(0.0, 2.0 * tokens * (5 * m.embed + 3 * m.mlp), 3 * m.layers)]
+    plain += [Kernel(0.0, 2.0 * tokens * (4 * m.embed + 3 * m.mlp), m.layers)]
     # Logits as float32: written, read by the softmax, and their gradient written and read twice.
-    moved += 4 * 5 * m.vocab
+    plain += [Kernel(0.0, 4.0 * 5 * tokens * m.vocab)]
     parameters = m.layers * layer + 2 * table
-    # Gathered for the forward and the backward pass: written and read, twice; gradients too; the optimiser's own part.
-    weights = 2 * parameters * 6 + 24 * parameters / chips
+    # The optimiser reads and writes its own part. Gathered parameters are written twice, their gradients read.
+    plain += [Kernel(0.0, 24 * parameters / chips)]
     sent = 2 * parameters * (chips - 1) / chips
-    return Work(tokens * (products + attention), tokens * moved + weights, ((3 * sent, chips),))
+    return Work((*products, *attention, *plain), 3 * 2.0 * parameters, ((3 * sent, chips),))
 
 
-def fit(runs: Sequence[tuple[Work, Topology, float]]) -> tuple[float, float]:
-    """The two constants that make two runs take as long as they did.
-
-    Args:
-      runs: of each its work, its chips and its measured seconds.
-
-    Returns:
-      (EFFICIENCY, BANDWIDTH): the inverse of each solves two linear equations.
-    """
-    (a, b, c), (d, e, f) = (
-        (each["compute"], each["HBM"], seconds - each["interconnect"])
-        for each, seconds in ((limits(work, topology), seconds) for work, topology, seconds in runs)
-    )
-    determinant = a * e - b * d
-    return determinant / (c * e - b * f), determinant / (a * f - c * d)
+def fit(work: Work, topology: Topology, seconds: float, bandwidth: float = BANDWIDTH) -> float:
+    """The efficiency with which a run takes as long as it did, by bisection: a step is the shorter the larger it is."""
+    low, high = 0.01, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        slow = estimate(work, topology, 1.0, middle, bandwidth).seconds > seconds
+        low, high = (middle, high) if slow else (low, middle)
+    return low

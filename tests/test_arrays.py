@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from qaperso import arrays, mesh
 from qaperso.arrays import ArraySpec
@@ -118,6 +118,21 @@ def test_every_dimension_of_the_models_that_divides_is_spread() -> None:
 def test_bad_rules_are_the_users_error(rule: tuple[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         arrays.shardings(specs(), mesh.make_mesh(8, 1, 1), [rule])
+
+
+def test_a_kernel_is_gathered_but_over_the_tensor_axis() -> None:
+    x, axes = jnp.arange(64.0).reshape(8, 8), ("embed", "mlp")
+    assert arrays.gather_kernel(x, axes) is x, "without a mesh nothing happens"
+    made = mesh.make_mesh(2, 2, 2)
+    apart = NamedSharding(made, PartitionSpec("fsdp", "tensor"))
+    with jax.set_mesh(made):
+        whole = jax.jit(lambda x: arrays.gather_kernel(x, axes))(jax.device_put(x, apart))
+        odd = jax.jit(lambda x: arrays.gather_kernel(x, axes))(x[:, :3])
+        gradient = jax.jit(jax.grad(lambda x: (arrays.gather_kernel(x, axes) ** 2).sum()), out_shardings=apart)(x)
+    assert whole.sharding.spec == PartitionSpec(None, "tensor")
+    assert odd.sharding.is_fully_replicated, "three columns do not divide by two"
+    np.testing.assert_array_equal(whole, x)
+    np.testing.assert_array_equal(gradient, 2 * x)
 
 
 def test_constrain_batch() -> None:

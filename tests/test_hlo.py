@@ -195,6 +195,32 @@ def test_traffic_of_kernels_within_kernels_and_beside_communication() -> None:
     assert found.hbm_bytes == (32 + 32) + 32 and len(found.collectives) == 1
 
 
+TPU = """ENTRY %main (q: bf16[2,3,4,256,8], k: bf16[2,3,1,256,8], m: s8[1,2,2], x: f32[6,8]) -> f32[6,8] {
+  %q = bf16[2,3,4,256,8]{4,3,2,1,0} parameter(0)
+  %k = bf16[2,3,1,256,8]{4,3,2,1,0} parameter(1)
+  %m = s8[1,2,2]{2,1,0:S(1)} parameter(2)
+  %x = f32[6,8]{1,0} parameter(3)
+  %room = f32[6,8]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %slice-start = ((f32[6,8]{1,0}), f32[2,8]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:8]}
+  %slice-done = f32[2,8]{1,0:S(1)} slice-done(%slice-start)
+  %copy-start = (f32[6,8]{1,0:S(1)}, f32[6,8]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %copy-done = f32[6,8]{1,0:S(1)} copy-done(%copy-start)
+  %splash_mha_KIND_segmented.1 = bf16[2,3,4,256,8]{4,3,2,1,0} custom-call(%m, %m, %q, %k), custom_call_target="tpu_custom_call"
+  ROOT %sum = f32[6,8]{1,0} add(%room, %copy-done)
+}
+"""
+
+
+@pytest.mark.parametrize("kind, products", [("fwd", 2), ("dq", 3), ("dkv", 4)])
+def test_attention_and_what_moves_beside_kernels(kind: str, products: int) -> None:
+    """Of 2 x 2 blocks one lies in the future. Room is no traffic; of what is prefetched only the part, and as a transfer."""
+    attention, plain = (found := hlo.cost(TPU.replace("KIND", kind))).kernels
+    assert attention.flops == found.flops == products * 2 * (2 * 3 * 4 * 256 * 256 * 8) * 3 / 4
+    assert attention.bytes == 2 * (2 * 3 * 4 * 256 * 8) * 2 + (2 * 3 * 256 * 8) * 2
+    assert plain == (0.0, 2 * 192, 1) and found.transfers == 64 + 192
+    assert found.hbm_bytes == attention.bytes + 2 * 192 + 64 + 192
+
+
 def test_strings_of_arrays() -> None:
     assert str(Array("f32", (3, 8))) == "f32[3,8]" and str(Array("s32", ())) == "s32[]"
     assert Array("pred", (3, 8)).bytes == 24 and Array("token", ()).bytes == 0

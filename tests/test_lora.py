@@ -103,6 +103,18 @@ def test_dropout_keeps_the_expectation() -> None:
     assert abs(float((out == 0).mean()) - 0.25) < 0.01
 
 
+@pytest.mark.parametrize("width", [2, 10, DIM])
+def test_elements_are_dropped_independently(width: int) -> None:
+    """Bytes of one word are for elements a quarter apart, these included; widths that 4 does not divide leave some over."""
+    tree = {"q": {"a": jnp.eye(width), "b": jnp.eye(width)}}
+    x = jnp.ones((4096, width))
+    out = lora.project(tree, {"q": jnp.zeros((width, width))}, x, 0.25, jax.random.key(2))["q"]
+    kept = np.asarray(out) != 0
+    # Standard errors are sqrt(3 / 16 / 4096) = 0.0068 of a rate and 1 / sqrt(4096) = 0.016 of a correlation.
+    np.testing.assert_allclose(kept.mean(0), 0.75, atol=0.03)
+    np.testing.assert_allclose(np.corrcoef(kept.T), np.eye(width), atol=0.08)
+
+
 def test_dropout_differs_between_inputs_and_keys() -> None:
     x, key = jnp.ones((8, DIM)), jax.random.key(5)
     first = ("q", "o", "gate", "down")  # of the four inputs of a layer

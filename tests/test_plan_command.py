@@ -12,8 +12,9 @@ import pytest
 from qaperso import aot, chips
 from qaperso import config as configs
 from qaperso import plan as planning
+from qaperso import run as runs
 from qaperso.chips import GIB
-from qaperso.hlo import Array, Collective, Cost
+from qaperso.hlo import Array, Collective, Cost, Kernel
 from qaperso.plan import Plan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,7 @@ def get_config():
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny configuration; topologies are the fake devices of the tests, and programs are not compiled but known."""
     gather = Collective("all-gather", (Array("bf16", (64, 32)),), 4096.0, 8, times=6)
-    known = aot.Compiled(True, 3.0 * GIB, 4.0 * GIB, 7.5 * GIB, Cost(2e9, 3e8, (gather,)), "")
+    known = aot.Compiled(True, 3.0 * GIB, 4.0 * GIB, 7.5 * GIB, Cost((Kernel(2e9, 3e8),), 0.0, (gather,)), "")
     monkeypatch.setattr(aot, "devices", lambda _: jax.devices())
     monkeypatch.setattr(aot, "compile_program", lambda *_: known)
     (tmp_path / "tiny.py").write_text(TINY, encoding="utf-8")
@@ -155,3 +156,35 @@ VARIANTS = [
 def test_every_variant_loads(name: str) -> None:
     found = configs.load(ROOT / name)
     assert found.batch.length == 640 and found.mesh.fsdp != 1
+
+
+PLANS = json.loads((ROOT / "docs" / "evidence" / "plans.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("command", PLANS)
+def test_the_page_says_what_plans_said(command: str) -> None:
+    """Of the variants as they stand: whoever changes one plans it again."""
+    found, page = PLANS[command], (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    topology, config = chips.topology(found["topology"]), configs.load(ROOT / found["config"])
+    assert command in page and command.endswith(f" --config {found['config']} --topology {topology.name}")
+    setting = aot.make_setting(config, runs.shape_of(config), 1024)
+    flops, tokens = planning.useful(setting, "train", 0)
+    assert found["useful_flops"] == pytest.approx(flops / topology.devices)
+    assert found["tokens_per_second"] == pytest.approx(tokens / topology.devices / found["step_seconds"])
+    assert found["mfu"] == pytest.approx(found["useful_flops"] / found["step_seconds"] / topology.chip.flops)
+    (row,) = [line for line in page.splitlines() if f"`{Path(found['config']).name}` | `{topology.name}`" in line]
+    told = [cell.strip() for cell in row.split("|")[3:-1]]
+    memory, seconds = (
+        f"{found['peak_bytes'] / GIB:.1f} of {topology.chip.hbm_bytes / GIB:.0f}",
+        found["seconds"].values(),
+    )
+    assert told == [
+        f"{config.batch.rows:,}",
+        "yes" if found["fits"] else "no",
+        memory,
+        f"{found['step_seconds']:.2f}",
+        ", ".join(f"{s:.2f}" for s in seconds),
+        f"{found['tokens_per_second']:,.0f}",
+        f"{found['mfu']:.1%}",
+        {"HBM": "memory", "interconnect": "links"}.get(found["bound"], found["bound"]),
+    ]

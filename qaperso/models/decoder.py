@@ -16,7 +16,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from qaperso.arrays import ArraySpec, constrain_batch, fan_in, gather_small
+from qaperso.arrays import ArraySpec, constrain_batch, fan_in, gather_kernel, gather_small
 from qaperso.models import lora
 from qaperso.models.attention import Segments, attention, segments
 from qaperso.models.config import DecoderConfig
@@ -245,11 +245,13 @@ def run(
     """
     tables = rope_tables(position, config)
     keys = None if key is None or not dropout else jax.random.split(key, config.layers)
+    axes = {name: spec.axes[1:] for name, spec in declare(config)["layers"].items()}
 
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT[remat])
     def body(x: Array, scanned: tuple) -> tuple:
         weights, own, layer_key = scanned
-        x = layer(x, jax.tree.map(unbits, weights), gather_small(own), tables, seen, config, dropout, layer_key)
+        weights = {name: unbits(gather_kernel(kernel, axes[name])) for name, kernel in weights.items()}
+        x = layer(x, weights, gather_small(own), tables, seen, config, dropout, layer_key)
         return constrain_batch(x, 1), None
 
     def through(x: Array, start: int, stop: int, specific: Tree | None) -> Array:
