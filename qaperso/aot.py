@@ -26,7 +26,7 @@ from qaperso.data.text import Encoded
 from qaperso.errors import UserError
 from qaperso.mesh import batch_sharding, make_mesh
 from qaperso.methods import Setting
-from qaperso.models import decoder
+from qaperso.models import decoder, quantized
 from qaperso.models.config import DecoderConfig
 
 Tree = Any
@@ -109,10 +109,12 @@ def declared(setting: Setting) -> tuple[Tree, Tree, Tree]:
     """Declarations of (trainable, memory, frozen base)."""
     config = setting.config
     trainable, memory = methods.load(config.method).declare(setting)
+    if config.trainable == "all":
+        return trainable, memory, {}
     return (
         trainable,
         memory,
-        {} if config.trainable == "all" else decoder.declare(setting.model, jnp.dtype(config.dtype)),
+        quantized.declare(decoder.declare(setting.model, jnp.dtype(config.dtype)), config.quantize),
     )
 
 

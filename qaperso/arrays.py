@@ -16,12 +16,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from qaperso.errors import UserError
 
 Tree = Any
 Rules = Sequence[tuple[str, str | None]]
+Index = tuple[slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +89,8 @@ def shardings(specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
     """NamedShardings from rules of (regex, mesh axis).
 
     Each dimension is named `path:axis`; the first rule whose regex is found in that name gives its mesh axis. A
-    dimension that the mesh axis does not divide, or whose mesh axis an earlier dimension took, stays whole.
+    dimension that the mesh axis does not divide, or whose mesh axis an earlier dimension took, stays whole. The parts of a
+    quantised kernel go by the kernel's path.
 
     Raises:
       UserError: a rule names a mesh axis that does not exist, or is no regular expression.
@@ -103,7 +106,7 @@ def shardings(specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
     def leaf(path: str, spec: ArraySpec) -> NamedSharding:
         taken: list[str | None] = []
         for size, axis in zip(spec.shape, spec.axes, strict=True):
-            name = f"{path}:{axis}"
+            name = f"{path.removesuffix('/values').removesuffix('/scale')}:{axis}"
             target = None if axis is None else next((t for r, t in rules if re.search(r, name)), None)
             if target is None or target in taken or size % mesh.shape[target]:
                 target = None
@@ -111,6 +114,28 @@ def shardings(specs: Tree, mesh: Mesh, rules: Rules) -> Tree:
         return NamedSharding(mesh, PartitionSpec(*taken))
 
     return map_specs(leaf, specs)
+
+
+def placed(part: Callable[[Index], np.ndarray], shape: tuple[int, ...], place: NamedSharding | None) -> jax.Array:
+    """An array whose parts are made and put on their devices one after the other: the host has one at a time.
+
+    Args:
+      part: makes what lies between bounds; asked once for each distinct part that is on a device of this process.
+      shape: of the whole.
+      place: where the parts go; None = the default device.
+    """
+    if place is None:
+        return jax.block_until_ready(jnp.asarray(part(tuple(slice(0, size) for size in shape))))
+    devices: dict[tuple, list] = {}
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        bounds = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    found = []
+    for bounds, same in devices.items():
+        host = part(tuple(slice(*one) for one in bounds))
+        found += [jax.block_until_ready(jax.device_put(host, device)) for device in same]
+        del host
+    return jax.make_array_from_single_device_arrays(shape, place, found)
 
 
 def tree_bytes(specs: Tree) -> int:

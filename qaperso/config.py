@@ -18,6 +18,7 @@ OPERATIONAL = ("checkpoint_every", "log_every", "keep_latest", "keep_best", "pea
 CHOICES = {
     "compat": ("", "paper"),
     "dtype": ("float32", "bfloat16"),
+    "quantize": ("", "int8", "nf4"),
     "remat": ("full", "dots"),
     "trainable": ("adapters", "all"),
     "data.format": ("synthetic", "synthetic_base", "synthetic_reviews", "prepared"),
@@ -66,6 +67,7 @@ def default() -> ConfigDict:
     c.base = "random"  # folder, .gguf file, package:NAME/FILE, Hub name, workdir, or "random" with `model`
     c.trainable = "adapters"  # or "all"
     c.dtype = "float32"  # of the base and of activations; trainables are float32
+    c.quantize = ""  # what a frozen base's kernels are kept in: "int8", "nf4", or "" = `dtype`
     c.remat = "full"  # what the backward pass recomputes; "dots" keeps matmul outputs
     c.model = ConfigDict(dict(embed=128, layers=4, heads=4, kv_heads=2, mlp=384))  # for base = "random"
     c.data = ConfigDict(
@@ -273,6 +275,10 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"config.sharding holds {rule!r}, expected pairs of a regex and a mesh axis")
     if config.method in ("prompts", "dpl") and (config.compat or config.trainable != "adapters"):
         raise UserError(f"config.method='{config.method}' needs compat='' and trainable='adapters': it trains nothing")
+    if config.quantize and config.trainable == "all":
+        raise UserError(
+            f"config.quantize='{config.quantize}' needs trainable='adapters': a base that is trained is float32; set one of the two"
+        )
     if config.pplug.encoder and (
         config.method not in ("pplug", "qar") or config.compat or config.trainable != "adapters"
     ):

@@ -35,10 +35,10 @@ from qaperso.data.text import MASKED
 from qaperso.errors import UserError, command
 from qaperso.eval import card
 from qaperso.mesh import start_runtime
-from qaperso.models import hf, lora, published
+from qaperso.models import hf, lora, published, quantized
 from qaperso.models import tokenizer as tokenizers
 from qaperso.models.base import Location
-from qaperso.run import RECORD, Run, open_run, restore
+from qaperso.run import RECORD, Run, load_weights, open_run, restore
 from qaperso.types import RESPONDER
 
 Tree = Any
@@ -186,9 +186,10 @@ def _write_plain(folder: Path, run: Run, trainable: Tree, kind: str) -> None:
         save_file(adapter(trainable["lora"]), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         checkpoint.write_json(folder / "adapter_config.json", settings)
         if not own:
-            hf.save(folder / portable.BASE, run.base, model)
+            hf.save(folder / portable.BASE, _plain_base(run), model)
     else:
-        params = jax.tree.map(lambda x: x.astype(jnp.float32), run.params_of(trainable))
+        # What the run computes with, quantised or not.
+        params = jax.tree.map(lambda x: x.astype(jnp.float32), quantized.plain(run.params_of(trainable)))
         if "lora" in trainable:
             params = lora.merge(params, lora.scaled(trainable["lora"], run.config.lora.alpha, run.config.lora.rank))
         # Written into a folder that is not there yet, then taken out of it.
@@ -212,11 +213,19 @@ def generation_config(run: Run) -> dict[str, Any]:
     return {**ids, "max_new_tokens": g.max_new_tokens, **drawn}
 
 
+def _plain_base(run: Run) -> Tree:
+    """The frozen base as it was before it was quantised: whoever opens it quantises it again, to the same bits."""
+    if not run.config.quantize:
+        return run.base
+    location = portable.base_of(run.workdir, run.record)
+    return load_weights(location, run.setting.model, jnp.dtype(run.config.dtype), run.mesh, run.config)
+
+
 def _write_run(folder: Path, run: Run, trainable: Tree, memory: Tree, step: int) -> None:
     """See `portable` for what is written."""
     base = {"name": run.record["base"]["name"], "path": "", "sha256": "random"}
     if run.base:
-        hf.save(folder / portable.BASE, run.base, run.setting.model, jnp.dtype(run.config.dtype))
+        hf.save(folder / portable.BASE, _plain_base(run), run.setting.model, jnp.dtype(run.config.dtype))
         base |= {"path": portable.BASE, "sha256": hf.fingerprint(Location("hf", folder / portable.BASE))}
     files = portable.write(folder, trainable, memory)
     checkpoint.write_json(folder / RECORD, run.record | {"base": base, "exported": {"step": step, "files": files}})

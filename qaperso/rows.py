@@ -28,7 +28,7 @@ from qaperso.data.store import Registry
 from qaperso.errors import UserError
 from qaperso.mesh import put_batch
 from qaperso.methods import Setting, base
-from qaperso.models import decoder, lora, towers
+from qaperso.models import decoder, lora, quantized, towers
 from qaperso.models.attention import segments
 from qaperso.models.decoder import Adapters
 from qaperso.people import Person, joined, table_of, with_history
@@ -246,7 +246,7 @@ def _specific_stream(
 ) -> tuple[Tree, Tree | None]:
     """Layers and LoRA of the stream that has rows: a plain decoder, whose MLPs are the specific ones where there are two.
 
-    In float32 LoRA is added into the kernels; see `inference.prepare` for why not in bfloat16.
+    In float32 LoRA is added into the kernels; see `inference.prepare` for why not in bfloat16, nor into quantised ones.
     """
     adapters = method.condition(setting, trainable, inputs)
     layers, own, specific = trainable.get("base", frozen)["layers"], adapters.lora, adapters.specific
@@ -257,7 +257,7 @@ def _specific_stream(
         if own is not None:
             # The specific MLPs have no LoRA, which is one of rank 0.
             own = own | {name: {"a": kernel[..., :0], "b": kernel[:, :0]} for name, kernel in specific.items()}
-    if own is not None and layers["q"].dtype == jnp.float32:
+    if own is not None and layers["q"].dtype == jnp.float32 and not quantized.is_quantized(layers["q"]):
         return lora.merge({"layers": layers}, own)["layers"], None
     return layers, own
 

@@ -40,7 +40,7 @@ from qaperso.mesh import make_mesh
 from qaperso.methods import Setting
 from qaperso.methods.base import Reader, open_reader
 from qaperso.models import base as bases
-from qaperso.models import decoder, hf, lora, shapes
+from qaperso.models import decoder, hf, lora, quantized, shapes
 from qaperso.models import tokenizer as tokenizers
 from qaperso.models.base import Location
 from qaperso.models.config import DecoderConfig, RopeScaling
@@ -318,19 +318,19 @@ def load_base(config: Any, location: Location, model: DecoderConfig, mesh: Mesh)
     """The frozen base on the mesh ({} when everything is trained) and a sha256 of where it came from."""
     if config.trainable == "all":
         return {}, _digest(location)
-    return load_weights(location, model, jnp.dtype(config.dtype), mesh, config), _digest(location)
+    return load_weights(location, model, jnp.dtype(config.dtype), mesh, config, config.quantize), _digest(location)
 
 
-def load_weights(location: Location, model: DecoderConfig, dtype: Any, mesh: Mesh, config: Any) -> Tree:
-    """A decoder's parameters from any kind of base, each array on its shards."""
+def load_weights(location: Location, model: DecoderConfig, dtype: Any, mesh: Mesh, config: Any, kind: str = "") -> Tree:
+    """A decoder's parameters from any kind of base, each array on its shards; `kind` as `quantized.declare` takes it."""
     specs = decoder.declare(model, dtype)
-    place = arrays.shardings(specs, mesh, config.sharding)
+    whole, place = (arrays.shardings(s, mesh, config.sharding) for s in (specs, quantized.declare(specs, kind)))
     if location.kind == "random":
         # Not the key of the trainables: a base that stays the same under another method.
         key = jax.random.fold_in(jax.random.key(config.seed), 1)
-        return jax.jit(lambda k: arrays.initialise(specs, k), out_shardings=place)(key)
+        return quantized.compress(jax.jit(lambda k: arrays.initialise(specs, k), out_shardings=whole)(key), kind, place)
     if location.kind != "workdir":
-        return hf.load_params(location, model, dtype, place)
+        return hf.load_params(location, model, dtype, place, kind)
     earlier = open_run(location.path)
     trainable, _, _ = restore(earlier)
     if trainable.keys() & {"tower", "plug"}:
@@ -338,11 +338,11 @@ def load_weights(location: Location, model: DecoderConfig, dtype: Any, mesh: Mes
             f"config.base '{location.path}' is a run with two towers, querier rows or a user embedder, which no single "
             "decoder can replace"
         )
-    params = earlier.params_of(trainable)
+    params, own = quantized.plain(earlier.params_of(trainable)), earlier.config.lora
     if "lora" in trainable:
-        lora_config = earlier.config.lora
-        params = lora.merge(params, lora.scaled(trainable["lora"], lora_config.alpha, lora_config.rank))
-    return jax.tree.map(lambda x, p: jax.device_put(x.astype(dtype), p), params, place)
+        params = lora.merge(params, lora.scaled(trainable["lora"], own.alpha, own.rank))
+    params = jax.tree.map(lambda x, p: jax.device_put(x.astype(dtype), p), params, whole)
+    return quantized.compress(params, kind, place)
 
 
 def _digest(location: Location) -> str:

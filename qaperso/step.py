@@ -21,6 +21,7 @@ from qaperso import arrays
 from qaperso.errors import UserError
 from qaperso.mesh import host_copy
 from qaperso.methods import Setting
+from qaperso.models import quantized
 
 Tree = Any
 DEAD_PARAMETER_STEPS = 20
@@ -254,7 +255,7 @@ def step_flops(trainable: Tree, base: Tree) -> tuple[float, float]:
     table, tied or not, works where something is predicted only; look-ups, the contrast's heads, PPlug's embedder and
     attention's scores count nothing, and what is recomputed or applied by two towers counts once.
     """
-    frozen, trained = arrays.flat(base), arrays.flat(trainable)
+    frozen, trained = arrays.flat(base, quantized.is_quantized), arrays.flat(trainable)
     last = {name: name.rsplit("/", 1)[-1] for name in (*frozen, *trained)}
     output = "head" if "head" in last.values() else "embed"
     token = prediction = 0.0

@@ -29,6 +29,7 @@ from qaperso.data.store import Store
 from qaperso.errors import STOPPED, UserError, command
 from qaperso.eval import scores
 from qaperso.mesh import put_batch, start_runtime
+from qaperso.models import quantized
 from qaperso.run import CHECKPOINTS, Run, declare, initialise, new_run
 from qaperso.stopping import StopSignal
 from qaperso.types import Batch, Example
@@ -233,7 +234,7 @@ def describe(run: Run, trainable: Tree, store: Store, examples: Sequence[Example
         table.add_row(
             name, "x".join(map(str, x.shape)), f"{x.size:,}", f"{float(spread[name]):.2e}", str(x.sharding.spec)
         )
-    frozen = sum(x.size for x in jax.tree.leaves(run.base))
+    frozen = sum(x.size for x in quantized.leaves(run.base))
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
     console.print(table)
     tokens, cut = sum(map(len, examples)), sum(e.cut for e in examples)

@@ -41,6 +41,7 @@ def setting(method: str = "qar", shape: DecoderConfig | None = None, **changes: 
             method=method,
             trainable="adapters",
             dtype="float32",
+            quantize="",
             remat="full",
             lora=dict(rank=4, alpha=8.0, dropout=0.0),
             qar=dict(

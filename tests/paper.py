@@ -61,6 +61,7 @@ def setting(name: str, rank: int = 16, family: str = "qwen2") -> Setting:
             method="qar",
             trainable="adapters" if recorded["lora"] else "all",
             dtype="float32",
+            quantize="",
             remat="full",
             lora=dict(rank=lora["r"], alpha=float(lora["alpha"]), dropout=0.0),
             qar=qar,

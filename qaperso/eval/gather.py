@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -26,6 +25,7 @@ from qaperso.eval.page import Across, Failure, Report
 from qaperso.eval.plots import Map
 from qaperso.eval.predictions import Record
 from qaperso.eval.retrieval import Embedded
+from qaperso.models import quantized
 from qaperso.run import Run
 
 Tree = Any
@@ -77,7 +77,7 @@ def summary(run: Run, trainable: Tree, store: Store, split: str, step: int) -> d
     """What was trained, on what, and how large it is."""
     config, names = run.config, run.registry
     count = collections.Counter(d.split for d in store.dialogues)
-    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (trainable, run.base))
+    trained, frozen = (sum(x.size for x in quantized.leaves(tree)) for tree in (trainable, run.base))
     g = config.generate
     drawn = f"temperature {g.temperature:g}, top-p {g.top_p:g}" if g.temperature else "greedy"
     return {

@@ -36,11 +36,11 @@ class Tensor:
 
     Attributes:
       shape: as PyTorch has it: a linear layer's weight is [out, in].
-      read: reads it from the file.
+      read: reads it from the file, or what slices of its dimensions take of it.
     """
 
     shape: tuple[int, ...]
-    read: Callable[[], np.ndarray]
+    read: Callable[..., np.ndarray]
 
 
 def locate(base: str) -> Location:

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qaperso.arrays import ArraySpec, constrain_batch, fan_in, gather_kernel, gather_small
-from qaperso.models import lora
+from qaperso.models import lora, quantized
 from qaperso.models.attention import Segments, attention, segments
 from qaperso.models.config import DecoderConfig
 from qaperso.models.linear import bits, matmul, narrower, product, unbits, working
@@ -51,7 +51,10 @@ class Adapters:
 
 
 def declare(config: DecoderConfig, dtype: Any = jnp.float32) -> Tree:
-    """Declares the parameter tree: kernels are [in, out], layers are stacked on a leading axis."""
+    """Declares the parameter tree: kernels are [in, out], layers are stacked on a leading axis.
+
+    Kernels of a frozen base may be quantised, see `quantized.declare`.
+    """
     n, d, f = config.layers, config.embed, config.mlp
     q, kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
 
@@ -250,7 +253,11 @@ def run(
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT[remat])
     def body(x: Array, scanned: tuple) -> tuple:
         weights, own, layer_key = scanned
-        weights = {name: unbits(gather_kernel(kernel, axes[name])) for name, kernel in weights.items()}
+        # One layer's kernels at a time are whole and plain, here and again in the backward pass; bits are what travels.
+        weights = {
+            name: jax.tree.map(lambda x, a=axes[name]: unbits(gather_kernel(x, a)), w) for name, w in weights.items()
+        }
+        weights = quantized.plain(weights)
         x = layer(x, weights, gather_small(own), tables, seen, config, dropout, layer_key)
         return constrain_batch(x, 1), None
 

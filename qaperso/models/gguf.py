@@ -160,7 +160,8 @@ def _translate(name: str) -> str:
     return name
 
 
-def _read(path: Path, tensor: Any, heads: int | None) -> np.ndarray:
+def _read(path: Path, tensor: Any, heads: int | None, *index: slice) -> np.ndarray:
+    """A part of a tensor, of which all is dequantised."""
     from gguf.quants import dequantize
 
     try:
@@ -170,7 +171,7 @@ def _read(path: Path, tensor: Any, heads: int | None) -> np.ndarray:
             f"{path}: tensor '{tensor.name}' is quantised as {tensor.tensor_type.name}, which the gguf package cannot "
             "read; choose a file of another quantisation"
         ) from error
-    return value if heads is None else unpermute(value, heads)
+    return (value if heads is None else unpermute(value, heads))[index]
 
 
 def _rope_scaling(path: Path, theta: float, head_dim: int) -> RopeScaling | None:

@@ -7,6 +7,7 @@ directions, and both are strict: every declared array must be filled, and every 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qaperso.arrays import ArraySpec, flat, is_spec
+from qaperso.arrays import ArraySpec, Index, flat, is_spec, placed
 from qaperso.errors import UserError, nearest
-from qaperso.models import decoder, gguf
+from qaperso.models import decoder, gguf, quantized
 from qaperso.models.base import Location, Tensor
 from qaperso.models.config import DecoderConfig, from_hf, to_hf, token_ids
+from qaperso.models.quantized import Quantized
 
 Tree = Any
 
@@ -69,59 +71,59 @@ def load_config(location: Location) -> DecoderConfig:
     return dataclasses.replace(config, eos_ids=tuple(dict.fromkeys((*config.eos_ids, *more))))
 
 
-def load_params(location: Location, config: DecoderConfig, dtype: Any, shardings: Tree | None = None) -> Tree:
+def load_params(
+    location: Location, config: DecoderConfig, dtype: Any, shardings: Tree | None = None, quantize: str = ""
+) -> Tree:
     """Loads base weights from a location of kind "hf" or "gguf"; see `load`."""
     path = _weights_path(location)
     if location.kind == "gguf":
-        return assemble(gguf.tensors(path), config, dtype, shardings, str(path))
-    return load(path, config, dtype, shardings)
+        return assemble(gguf.tensors(path), config, dtype, shardings, str(path), quantize)
+    return load(path, config, dtype, shardings, quantize)
 
 
-def load(path: Path, config: DecoderConfig, dtype: Any, shardings: Tree | None = None) -> Tree:
+def load(path: Path, config: DecoderConfig, dtype: Any, shardings: Tree | None = None, quantize: str = "") -> Tree:
     """Loads a folder of safetensors as the tree that `decoder.declare(config, dtype)` declares.
 
     Args:
       path: folder with model.safetensors, or model.safetensors.index.json and the files it names.
       config: the model's shape.
       dtype: of the arrays, whatever the files hold (float64, float32, float16 or bfloat16).
-      shardings: a jax.sharding.Sharding for each array; the default device otherwise.
+      shardings: a NamedSharding for each array; the default device otherwise.
+      quantize: see `quantized.declare`, which then declares the tree.
 
     Raises:
       UserError: a file is missing or damaged; a tensor is missing, unknown or of another shape.
     """
-    return assemble(_safetensors(path), config, dtype, shardings, str(path))
+    return assemble(_safetensors(path), config, dtype, shardings, str(path), quantize)
 
 
 def assemble(
-    tensors: Mapping[str, Tensor], config: DecoderConfig, dtype: Any, shardings: Tree | None, where: str
+    tensors: Mapping[str, Tensor],
+    config: DecoderConfig,
+    dtype: Any,
+    shardings: Tree | None,
+    where: str,
+    quantize: str = "",
 ) -> Tree:
-    """Stacks named tensors into the declared tree.
+    """Stacks named tensors into the declared tree, straight into the shards that this process has.
 
-    One array is filled at a time on the host and put on its devices before the next one is begun, so that beside the
-    result the host holds one stacked array and one tensor of the file at most.
+    A shard is filled on the host, layer by layer, and put on its devices before the next one is begun; of a tensor that part
+    is read which the shard takes. So beside the result the host holds one stacked shard, and one layer's part of it. What is
+    to be quantised goes to the devices a layer at a time, where it is rounded and written into its stack: then it is one
+    layer's shard, and the devices hold one plain kernel beside the result.
 
     Args:
       tensors: by the names that transformers gives them.
-      config, dtype, shardings: see `load`.
+      config, dtype, shardings, quantize: see `load`.
       where: file or folder, for error messages.
     """
-    specs = decoder.declare(config, dtype)
-    leaves = flat(specs, is_leaf=is_spec)
+    specs = quantized.declare(decoder.declare(config, dtype), quantize)
+    leaves = flat(specs, is_leaf=_is_one)
     shapes = dict(_expected(leaves))
     _check(tensors, shapes, where, config.tied)
-    targets = [None] * len(leaves) if shardings is None else jax.tree.leaves(shardings)
-    arrays = []
-    for (path, spec), target in zip(leaves.items(), targets, strict=True):
-        host = np.empty(spec.shape, spec.dtype)
-        stacked = host if "{}" in NAMES[path][0] else host[None]
-        for i, (name, _) in enumerate(_named(path, spec)):
-            value = tensors[name].read()
-            stacked[i] = value.T if NAMES[path][1] else value
-        # Every process of a pod has read the whole array and hands over its own part of it.
-        put = jnp.asarray(host) if target is None else _put(host, target)
-        arrays.append(jax.block_until_ready(put))
-        del host, stacked
-    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=is_spec), arrays)
+    places = quantized.leaves(shardings) if shardings is not None else [None] * len(leaves)
+    found = [_array(tensors, *leaf, place) for leaf, place in zip(leaves.items(), places, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(specs, is_leaf=_is_one), found)
 
 
 def save(
@@ -181,11 +183,31 @@ def _weights_path(location: Location) -> Path:
     return location.path
 
 
-def _put(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+def _is_one(x: Any) -> bool:
+    return is_spec(x) or quantized.is_quantized(x)
 
 
-def _named(path: str, spec: ArraySpec) -> list[tuple[str, tuple[int, ...]]]:
+def _array(tensors: Mapping[str, Tensor], path: str, spec: ArraySpec | Quantized, place: Any) -> jax.Array | Quantized:
+    """One declared array of the tensors that it is made of."""
+    name, transposed = NAMES[path]
+    layers = [tensors[one] for one, _ in _named(path, spec)]
+
+    def read(layer: int, index: Index) -> np.ndarray:
+        value = layers[layer].read(*(index[::-1] if transposed else index))
+        return (value.T if transposed else value).astype(spec.dtype, copy=False)
+
+    def part(index: Index) -> np.ndarray:
+        if "{}" not in name:
+            return read(0, index)
+        host = np.empty([one.stop - one.start for one in index], spec.dtype)
+        for i, layer in enumerate(range(index[0].start, index[0].stop)):
+            host[i] = read(layer, index[1:])
+        return host
+
+    return quantized.filled(spec, place, read) if quantized.is_quantized(spec) else placed(part, spec.shape, place)
+
+
+def _named(path: str, spec: ArraySpec | Quantized) -> list[tuple[str, tuple[int, ...]]]:
     """The tensors that make up one declared array, with their shapes in the file."""
     template, transposed = NAMES[path]
     if "{}" not in template:
@@ -194,7 +216,7 @@ def _named(path: str, spec: ArraySpec) -> list[tuple[str, tuple[int, ...]]]:
     return [(template.format(i), shape[::-1] if transposed else shape) for i in range(spec.shape[0])]
 
 
-def _expected(leaves: Mapping[str, ArraySpec]) -> list[tuple[str, tuple[int, ...]]]:
+def _expected(leaves: Mapping[str, ArraySpec | Quantized]) -> list[tuple[str, tuple[int, ...]]]:
     return [pair for path, spec in leaves.items() for pair in _named(path, spec)]
 
 
@@ -204,7 +226,7 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
     unexpected = [name for name in tensors if name not in shapes and not IGNORED.search(name)]
     head, embed = NAMES["head"][0], NAMES["embed"][0]
     if tied and head in unexpected and embed in tensors:
-        if not np.array_equal(tensors[head].read(), tensors[embed].read()):
+        if not _equal(tensors[head], tensors[embed]):
             raise UserError(
                 f"{where}: {head} differs from {embed} although tie_word_embeddings is true, expected equal tensors; "
                 "set tie_word_embeddings to false in config.json"
@@ -231,6 +253,12 @@ def _check(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]],
             raise UserError(
                 f"{where}: tensor '{name}' has shape {tensors[name].shape}, expected {shape} from the configuration"
             )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, some rows at a time."""
+    rows = [slice(start, start + 4096) for start in range(0, a.shape[0], 4096)]
+    return a.shape == b.shape and all(np.array_equal(a.read(part), b.read(part)) for part in rows)
 
 
 def _count(names: list[str], what: str) -> str:
@@ -283,10 +311,14 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
                         f"{file}: tensor '{name}' is of type {part.get_dtype()}, expected one of {', '.join(_FLOATS)}; "
                         "choose weights that are not quantised"
                     )
-                tensors[name] = Tensor(tuple(part.get_shape()), lambda h=handle, n=name: h.get_tensor(n))
+                tensors[name] = Tensor(tuple(part.get_shape()), functools.partial(_read, handle, name))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: not a whole safetensors file: {error}; download or save it again") from error
     return tensors
+
+
+def _read(handle: Any, name: str, *index: slice) -> np.ndarray:
+    return handle.get_slice(name)[index] if index else handle.get_tensor(name)
 
 
 def _write(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qaperso.arrays import constrain_batch
-from qaperso.models import decoder, lora, towers
+from qaperso.models import decoder, lora, quantized, towers
 from qaperso.models.config import DecoderConfig
 from qaperso.models.decoder import Adapters
 from qaperso.models.linear import matmul, working
@@ -38,7 +38,8 @@ def prepare(base: Tree, adapters: Adapters, tower: Tree, config: DecoderConfig, 
     """Arranges parameters for inference.
 
     In float32 LoRA is added into the kernels. In bfloat16 it stays beside them: a kernel has 8 bits, so whatever
-    training added that is below 1/256 of an element would be rounded away, all of it where the base itself is bfloat16.
+    training added that is below 1/256 of an element would be rounded away, all of it where the base itself is bfloat16. Beside
+    a quantised base it stays too, which keeps its few bits.
 
     Args:
       base: see `decoder.declare`.
@@ -51,12 +52,13 @@ def prepare(base: Tree, adapters: Adapters, tower: Tree, config: DecoderConfig, 
       {embed, norm, head?, tower: {norm_s, alpha?}, layers: [{qkv, o, gate_up, down, norms, biases, ...} of each layer]}.
     """
     side = adapters.lora
-    if side is not None and dtype == jnp.float32:
+    quantised = any(map(quantized.is_quantized, quantized.leaves(base)))
+    if side is not None and dtype == jnp.float32 and not quantised:
         base, side = lora.merge(base, side), None
     stacked = base["layers"]
     layers = {name: stacked[name] for name in NORMS if name in stacked}
     for name, parts in FUSED.items():
-        layers[name] = jnp.concatenate([stacked[p] for p in parts], -1)
+        layers[name] = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *[stacked[p] for p in parts])
         if f"{parts[0]}_bias" in stacked:
             layers[f"{name}_bias"] = jnp.concatenate([stacked[f"{p}_bias"] for p in parts], -1)
         if side is not None:
@@ -69,7 +71,7 @@ def prepare(base: Tree, adapters: Adapters, tower: Tree, config: DecoderConfig, 
         two = {"own_gate_up": jnp.concatenate([own["gate"], own["up"]], -1), "own_down": own["down"]}
         for i, one in enumerate(weights["layers"][decoder.split_of(adapters, config) :]):
             one |= jax.tree.map(lambda x, i=i: x[i], two)
-    return jax.tree.map(lambda x: x.astype(dtype), weights)
+    return jax.tree.map(lambda x: x.astype(dtype), weights, is_leaf=quantized.is_quantized)
 
 
 def count_towers(one: Tree) -> int:
@@ -129,7 +131,7 @@ def layer(
     towers, b, s, _ = x.shape
 
     def dense(h: Array, name: str) -> Array:
-        y = matmul(h, weights[name])
+        y = matmul(h, quantized.plain(weights[name]))
         if f"{name}_bias" in weights:
             y = y + weights[f"{name}_bias"].astype(y.dtype)
         return y if f"{name}_a" not in weights else y + matmul(matmul(h, weights[f"{name}_a"]), weights[f"{name}_b"])

@@ -74,7 +74,11 @@ class Service:
                 " which the server does not do; serve a run of another method, or use python -m qaperso.chat"
             )
         table = trainable.get("tower", {}).get("rows")
-        self.rows, self.embeds, self.history = table is not None, "heads" in trainable, run.method.reads_history(run.setting)
+        self.rows, self.embeds, self.history = (
+            table is not None,
+            "heads" in trainable,
+            run.method.reads_history(run.setting),
+        )
         self.keys, self.limits, self.meters, self.step = keys, limits, Meters(), step
         self.folder: Path = run.workdir
         weights = "" if table is None else people.digest(trainable)
