@@ -135,6 +135,8 @@ def placed(part: Callable[[Index], np.ndarray], shape: tuple[int, ...], place: N
         host = part(tuple(slice(*one) for one in bounds))
         found += [jax.block_until_ready(jax.device_put(host, device)) for device in same]
         del host
+        # JAX lets go of what it has copied at its next transfer, which would come when the next part is made already.
+        jax.device_put(np.zeros((), np.float32), same[0])
     return jax.make_array_from_single_device_arrays(shape, place, found)
 
 

@@ -150,7 +150,7 @@ def test_a_step_over_few_bits() -> None:
     slope = jax.jit(jax.value_and_grad(loss))
     expected, theirs = slope(own, helpers.device(plain), batch)
     # Quantising has cost something, and not much.
-    assert 1e-6 < abs(float(expected - slope(own, base, batch)[0])) < 0.05
+    assert 1e-6 < abs(float(expected - slope(own, base, batch)[0])) < 0.15
 
     made = mesh.make_mesh(2, 2, 2)
     place = functools.partial(arrays.shardings, mesh=made, rules=RULES)
