@@ -1,8 +1,8 @@
 """QAR on Llama-3.1-8B-Instruct: `configs/qar_llama3_8b.py` as published, `configs/qar_llama3_8b.py:v5e-16` for those chips.
 
 Published (arXiv 2412.11736): rank 64 for Llama, LoRA of rank 16, rows of one dialogue and 592 tokens, heads of 512,
-learning rate 2e-4 after 20 steps of warm-up. The variants pack rows and spread parameters over all chips; what
-`python -m qaperso.plan` says of some of them is in docs/scale.md. --config.data.path=DIR names what `python -m qaperso.prepare` made.
+learning rate 2e-4 after 20 steps of warm-up. The variants pack rows and spread parameters over all chips; docs/scale.md has
+what `python -m qaperso.plan` says of some of them. --config.data.path=DIR names what `python -m qaperso.prepare` made.
 """
 
 from qaperso.config import default
