@@ -148,7 +148,8 @@ def test_stopping(page: Page, served: Served, monkeypatch: pytest.MonkeyPatch) -
 
 def test_nothing_that_is_said_is_markup(page: Page, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     name, roster = "<img src=x onerror='window.evil = 1'>", served.service.roster
-    roster.add(name, roster.reserve(name), np.zeros(served.service.run.setting.model.embed, np.float32))
+    vector = np.zeros(served.service.run.setting.model.embed, np.float32)
+    roster.add(roster.person(name, roster.reserve(name), vector, ()))
     try:
         monkeypatch.setattr(reply, "decode", lambda run, tokens: EVIL[: 10 * len(tokens)])
         page.reload()
