@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 NAMES = ("train", "layout", "scaling", "pipeline", "contrast", "checkpoint", "generation", "history")
 # Their programs take longest to compile.
-SLOW = ("layout", "scaling")
+SLOW = ("layout", "scaling", "generation")
 
 
 @pytest.fixture(scope="module")
