@@ -26,7 +26,11 @@ def get_suite():
         methods={name: (f"configs/{file}_smollm2.py", PATH) for name, file in (PROMPTED | TRAINED).items()},
         seeds=(0, 1, 2),
         once=tuple(PROMPTED),
-        against={"QAR": ("LoRA", "LoRA and querier rows"), "LoRA and querier rows": ("LoRA",)},
+        against={
+            "LoRA": ("zero-shot",),
+            "LoRA and querier rows": ("LoRA",),
+            "QAR": ("LoRA", "LoRA and querier rows", "zero-shot"),
+        },
         metrics=("reply_nll", "swap_gap", "rouge_l"),
         evaluate=("--awareness",),
     )

@@ -1,10 +1,10 @@
 """PPlug: a querier's history, weighed by the query, becomes soft tokens before the input of a frozen LM (arXiv 2409.11901).
 
-`models/plug.py` has the equations; with `config.pplug.differences` the MLP reads of each item how it differs from what others got
-on the same occasion (after DPL, arXiv 2503.02450, with vectors in place of words). History items are embedded once by a frozen encoder and kept in `config.vectors`; the
-query is embedded in the step, by a copy of the encoder that is trained with the rest. No querier has parameters: whoever
-has a history is served without training. `methods/qar.py` takes the same soft tokens where `config.pplug.encoder` names an
-encoder.
+`models/plug.py` has the equations; with `config.pplug.differences` the MLP reads of each item how it differs from what others
+got on the same occasion (after DPL, arXiv 2503.02450, with vectors in place of words). History items are embedded once by a
+frozen encoder and kept in `config.vectors`; the query is embedded in the step, by a copy of the encoder that is trained with
+the rest. No querier has parameters: whoever has a history is served without training. `methods/qar.py` takes the same soft
+tokens where `config.pplug.encoder` names an encoder.
 """
 
 from __future__ import annotations
@@ -190,8 +190,8 @@ class Reader:
         """The trainable copy starts as the frozen encoder."""
         old = values["plug"]["encoder"]
         # Copies: the step donates its state, and must not be given the frozen encoder's arrays.
-        copy = jax.tree.map(lambda new, old: jax.device_put(np.array(new), old.sharding), self._params, old)
-        return {**values, "plug": {**values["plug"], "encoder": copy}}
+        fresh = jax.tree.map(lambda new, old: jax.device_put(np.array(new), old.sharding), self._params, old)
+        return {**values, "plug": {**values["plug"], "encoder": fresh}}
 
     def over(self, store: Store) -> Reader:
         """The same over other data, of which only texts that were never met are embedded."""
