@@ -1,21 +1,27 @@
-"""python -m qaperso.bench --suite configs/suite_x.py --output DIR [--minutes M] [--table]
+"""python -m qaperso.bench --suite configs/suite_x.py --output DIR [--minutes M] [--jobs N] [--table]
 
 Methods x seeds on the same data. Each cell is a run of its own, trained and evaluated by the commands that anybody would
 use, in processes of their own, and left alone where it is done. Then DIR/table.md and DIR/table.json: every method, and how it
-differs from its baselines. With --minutes no cell begins after so many, and the one under way saves and stops.
+differs from its baselines. With --minutes no cell begins after so many, and those under way save and stop. With --jobs
+several cells are made at a time, as a GPU with room for them wants it; each then writes DIR/CELL.log. A cell that fails does
+not hold up the others; it is named at the end, with exit code 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import os
 import re
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -135,23 +141,71 @@ def check(cell: Cell) -> None:
             )
 
 
-def run_cell(cell: Cell, options: Sequence[str], deadline: float) -> bool:
+def run_cell(cell: Cell, options: Sequence[str], deadline: float, log: Path | None = None) -> bool:
     """Trains and evaluates a cell, or goes on with it; False where the deadline (of `time.monotonic`) stopped it.
+
+    Args:
+      cell: the run.
+      options: of its evaluation.
+      deadline: when no more is to be done.
+      log: gets what the commands print, which else goes where this program's output goes.
 
     Raises:
       UserError: a command failed; it has said why.
     """
     overrides = [f"--config.{text}" for text in cell.overrides]
-    if not _command(["qaperso.train", "--config", cell.config, "--workdir", str(cell.workdir), *overrides], deadline):
+    trained = ["qaperso.train", "--config", cell.config, "--workdir", str(cell.workdir), *overrides]
+    if not _command(trained, deadline, log):
         return False
     if not cell.method:
         (cell.workdir / "done").touch()
         return True
-    return _command(["qaperso.evaluate", "--workdir", str(cell.workdir), *options], deadline)
+    return _command(["qaperso.evaluate", "--workdir", str(cell.workdir), *options], deadline, log)
 
 
-def _command(words: Sequence[str], deadline: float) -> bool:
-    with subprocess.Popen([sys.executable, "-m", *words]) as process:
+def make(every: Sequence[Cell], options: Sequence[str], deadline: float, jobs: int) -> list[str]:
+    """Makes what is missing, `jobs` cells at a time, those that others start from first.
+
+    Returns:
+      A line for each cell that failed. The others are made all the same.
+
+    Raises:
+      UserError: one that others start from failed.
+    """
+    stopped = threading.Event()
+
+    def one(cell: Cell) -> str:
+        if cell.done or stopped.is_set() or time.monotonic() >= deadline:
+            return ""
+        log = cell.workdir.with_name(f"{cell.workdir.name}.log") if jobs > 1 else None
+        try:
+            if not run_cell(cell, options, deadline, log):
+                stopped.set()
+        except UserError as error:
+            return f"{cell.workdir.name}: {error}"
+        return ""
+
+    for cell in every:
+        if not cell.method and (failed := one(cell)):
+            raise UserError(failed)
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return [failed for failed in pool.map(one, [c for c in every if c.method]) if failed]
+        except BaseException:
+            stopped.set()
+            raise
+
+
+def _command(words: Sequence[str], deadline: float, log: Path | None) -> bool:
+    with contextlib.ExitStack() as stack:
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        output = None if log is None else stack.enter_context(log.open("ab"))
+        process = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-m", *words], stdout=output, stderr=subprocess.STDOUT if output else None
+            )
+        )
         try:
             code = process.wait(max(deadline - time.monotonic(), 0) if np.isfinite(deadline) else None)
         except subprocess.TimeoutExpired:
@@ -166,7 +220,7 @@ def _command(words: Sequence[str], deadline: float) -> bool:
     if code == STOPPED:
         return False
     if code:
-        raise UserError(f"'python -m {' '.join(words)}' stopped with exit code {code}; see above")
+        raise UserError(f"'python -m {' '.join(words)}' stopped with exit code {code}; see {log or 'above'}")
     return True
 
 
@@ -234,22 +288,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", required=True, type=Path, metavar="FILE", help="a Python file with get_suite()")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the runs and the table go")
     parser.add_argument("--minutes", type=float, default=float("inf"), metavar="M", help="stop after so many")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cells that are made at a time (default: 1)")
     parser.add_argument("--table", action="store_true", help="train nothing, only write the table of what is there")
     known = parser.parse_args(arguments)
     suite = load_suite(known.suite)
     every = cells(suite, known.output)
     for cell in every:  # before the first is made, which takes long
         check(cell)
+    if known.jobs < 1:
+        raise UserError(f"--jobs is {known.jobs}, expected 1 or more")
+    if known.jobs > 1:  # JAX would give the first process nearly all of a GPU's memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     deadline = time.monotonic() + 60 * known.minutes
-    for cell in every:
-        if not cell.done and not known.table:
-            if time.monotonic() >= deadline or not run_cell(cell, suite.evaluate, deadline):
-                break
+    failed = [] if known.table else make(every, suite.evaluate, deadline, known.jobs)
     measured = [c for c in every if c.method]
     done = {(c.method, c.seed): comparing.load(c.workdir / ITEMS) for c in measured if c.done}
     if not done:
-        raise UserError(
-            f"no cell of {known.suite} is done in {known.output}; run without --table, or with more --minutes"
+        raise (
+            UserError("; ".join(failed))
+            if failed
+            else UserError(
+                f"no cell of {known.suite} is done in {known.output}; run without --table, or with more --minutes"
+            )
         )
     compared = compare(suite, done)
     text = markdown(suite, compared)
@@ -262,6 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(done) < len(measured)
         else "all done"
     )
+    if failed:
+        raise UserError("; ".join(failed))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,7 +97,7 @@ class Commands:
         self.asked: list[str] = []
         self._left = stop_after
 
-    def __call__(self, words: Sequence[str], deadline: float) -> bool:
+    def __call__(self, words: Sequence[str], deadline: float, log: Path | None) -> bool:
         if self._left <= 0:
             return False
         self._left -= 1
@@ -208,3 +209,33 @@ def test_a_cell_of_another_configuration_is_not_taken_for_this_one(tmp_path: Pat
     bench.check(cell)
     with pytest.raises(UserError, match=r"another configuration \(steps: 7 -> 9\); give another --output"):
         bench.check(dataclasses.replace(cell, overrides=("steps=9", "seed=1")))
+
+
+def test_several_cells_at_a_time_and_one_that_fails(
+    suite_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    commands, together, logs = Commands(), threading.Barrier(2, timeout=30), []
+
+    def command(words: Sequence[str], deadline: float, log: Path | None) -> bool:
+        logs.append(log)
+        if words[0] == "qaperso.train" and words[4].endswith("-0"):
+            together.wait()  # never comes back unless both are under way
+            if "lora" in words[4]:
+                raise UserError("it broke")
+        return commands(words, deadline, log)
+
+    monkeypatch.setattr(bench, "_command", command)
+    output = suite_file.parent / "runs"
+    words = ["--suite", str(suite_file), "--output", str(output), "--jobs", "2"]
+    assert bench.main(words) == 2
+    found = capsys.readouterr()
+    assert "3 of 4 cells are done" in found.out and "lora-0: it broke" in found.err
+    assert output / "two_towers-1.log" in logs
+    assert bench.main([*words[:-1], "0"]) == 2 and "--jobs is 0" in capsys.readouterr().err
+
+
+def test_a_cell_s_log_has_what_its_commands_say(tmp_path: Path) -> None:
+    cell, log = Cell("A", 0, tmp_path / "run", str(tmp_path / "absent.py"), ()), tmp_path / "run.log"
+    with pytest.raises(UserError, match="run.log"):
+        bench.run_cell(cell, (), math.inf, log)
+    assert "absent.py' is not a file" in log.read_text(encoding="utf-8")
