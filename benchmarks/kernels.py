@@ -1,4 +1,4 @@
-"""Kernels of causal attention within segments on GPUs, for `gpu.py`: JAX's, cuDNN's, and `qaperso.models.attention`'s."""
+"""Kernels of causal attention within segments on GPUs, for `gpu.py`: `qaperso.models`', and others that JAX has."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from common import attempt, spread
 from jax.experimental.pallas.ops.gpu import attention as pallas
 from ours import timed
 
-from qaperso.models import attention
+from qaperso.models import attention, flash
 from qaperso.models.attention import Segments
 
-KERNELS = ("blocks", "cudnn mask", "cudnn packed", "pallas", "pallas 64")
+KERNELS = ("blocks", "cudnn", "cudnn packed", "pallas", "pallas 64")
 # Rows, length, heads, key-value heads, width of a head.
 SHAPES = ((16, 256, 9, 3, 64), (8, 2048, 32, 8, 128), (2, 8192, 32, 8, 128))
 # Where the dialogues of a row end, as shares of it; padding follows.
@@ -27,12 +27,11 @@ ENDS = (0.15, 0.4, 0.55, 0.95)
 
 def attend(name: str, seen: Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """A kernel's causal attention: q [B, S, H, d], k and v [B, S, K, d] give [B, S, H, d]."""
-    scale, whole = q.shape[-1] ** -0.5, slice(None)
+    scale = q.shape[-1] ** -0.5
     if name == "blocks":
         return attention.by_blocks(q[None], k[None], v[None], seen)[0].reshape(q.shape)
-    if name in ("cudnn mask", "xla"):
-        mask = seen.mask(whole, whole, causal=False)[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=name.split()[0])
+    if name in ("cudnn", "xla"):
+        return flash.attention(q[None], k[None], v[None], *seen, implementation=name)[0].reshape(q.shape)
     if name == "cudnn packed":
         # Not public in JAX. Dialogues lie one behind the other, padding belongs to none.
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
