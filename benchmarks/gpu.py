@@ -8,7 +8,7 @@ Every program has a process of its own that has the GPU to itself. What fails is
 - attention: value and gradients of causal attention in bfloat16 within four dialogues a row, with errors against float32
   (norm of the difference over the norm, of the first row's first key-value head).
 - train: LoRA of rank 16 on seven projections of a bfloat16 base, every position predicted. Ours recomputes no matmul and the
-  peer (sdpa) nothing, where that fits; the peer's adapters are of either dtype.
+  peer (sdpa) nothing, where that fits; the peer's adapters are of either dtype. `sft blocks` has no kernel for attention.
 - mfu: FLOPs of all matmuls that forward and backward pass need, each once (`train.step_work`), over the matmul that this
   GPU reached, and over what an H100's data sheet has.
 - generate: tokens drawn a second, greedily, by `merged` (a plain decoder), `sft` (adapters beside its kernels) and `qar`.
@@ -46,7 +46,7 @@ from train import config_of, step_work
 
 from qaperso import arrays, methods, step
 from qaperso.data.plan import Shape
-from qaperso.models import decoder
+from qaperso.models import decoder, flash, linear
 from qaperso.models.shapes import PUBLISHED
 
 Row = dict[str, Any]
@@ -67,11 +67,15 @@ ENVIRONMENT = {
 
 
 def measure_matmul(spec: Row) -> Iterator[Row]:
-    """A square bfloat16 matmul of drawn values."""
+    """A square bfloat16 matmul of drawn values, alone and as the model has it: float32 sums, then bfloat16."""
     size = 128 if spec["quick"] else 8192
     x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
-    seconds = timed(functools.partial(jax.jit(jnp.matmul), x, x), 20)
-    yield spread(seconds) | {"shape": f"{size} cubed", "TFLOP/s": 2 * size**3 / statistics.median(seconds) / TERA}
+    for name, function in (("alone", jnp.matmul), ("in a model", linear.matmul)):
+        seconds = timed(functools.partial(jax.jit(function), x, x), 20)
+        yield spread(seconds) | {
+            "shape": f"{size} cubed, {name}",
+            "TFLOP/s": 2 * size**3 / statistics.median(seconds) / TERA,
+        }
 
 
 def measure_steps(spec: Row) -> Iterator[Row]:
@@ -80,7 +84,9 @@ def measure_steps(spec: Row) -> Iterator[Row]:
     model, sizes = (ours.TINY, ((4, 32),)) if spec["quick"] else (MODELS[name], ROWS[name])
     for rows, length in sizes:
         shape = Shape(rows, length, length, 1)
-        method = "sft" if program == "peer" else program
+        method, *without = ("sft" if program == "peer" else program).split()
+        if without:
+            flash.fits = lambda q: False
         config = config_of(method, "bfloat16", "dots", shape)
         setting = ours.setting_of(config, model)
         position = sum(step.step_flops(methods.load(method).declare(setting)[0], decoder.declare(model)))
@@ -172,7 +178,9 @@ def programs(parts: Sequence[str], models: Sequence[str]) -> Iterator[Row]:
         yield from ({"part": "attention", "program": name} for name in KERNELS)
     if "train" in parts:
         for model in models:
-            yield from ({"part": "train", "program": name, "model": model} for name in ("sft", "peer", "qar"))
+            yield from (
+                {"part": "train", "program": name, "model": model} for name in ("sft", "peer", "qar", "sft blocks")
+            )
     if "generate" in parts:
         yield from ({"part": "generate", "program": name} for name in ("merged", "sft", "qar", "transformers"))
 
