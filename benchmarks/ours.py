@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -102,14 +103,18 @@ class Program:
         self.trace_seconds, self.compile_seconds = traced - start, time.perf_counter() - traced
 
     def _draw(self, specs: Tree, config: Any) -> Tree:
-        # By numpy, a few values over and over: speed does not depend on them, the declared draw would have to be compiled,
-        # and billions would take minutes.
+        # A million values by numpy, over and over on the devices where that is not enough: speed does not depend on them, the
+        # declared draw would have to be compiled, and billions would take minutes.
         values = np.random.default_rng(config.seed).standard_normal(1 << 20, np.float32)
 
         def leaf(spec: arrays.ArraySpec, place: NamedSharding) -> jax.Array:
             if spec.init in ("zeros", "ones"):
                 return jax.device_put(np.full(spec.shape, 0 if spec.init == "zeros" else 1, spec.dtype), place)
-            return jax.device_put(np.resize((spec.init * values).astype(spec.dtype), spec.shape), place)
+            size, drawn = math.prod(spec.shape), (spec.init * values).astype(spec.dtype)
+            if size <= len(drawn):
+                return jax.device_put(drawn[:size].reshape(spec.shape), place)
+            repeat = jax.jit(lambda x: jnp.tile(x, -(-size // len(x)))[:size].reshape(spec.shape), out_shardings=place)
+            return repeat(drawn)
 
         place = arrays.shardings(specs, self.mesh, config.sharding)
         return jax.tree.map(leaf, specs, place, is_leaf=arrays.is_spec)
