@@ -18,7 +18,7 @@ from ours import timed
 from qaperso.models import attention, flash
 from qaperso.models.attention import Segments
 
-KERNELS = ("blocks", "cudnn", "cudnn packed", "pallas", "pallas 64", "tokamax triton", "tokamax mosaic")
+KERNELS = ("cudnn", "cudnn packed", "pallas", "pallas 64", "blocks")
 # Rows, length, heads, key-value heads, width of a head.
 SHAPES = ((16, 256, 9, 3, 64), (8, 2048, 32, 8, 128), (2, 8192, 32, 8, 128))
 # Where the dialogues of a row end, as shares of it; padding follows.
@@ -41,12 +41,6 @@ def attend(name: str, seen: Segments, q: jax.Array, k: jax.Array, v: jax.Array) 
         starts = jnp.pad(jnp.cumsum(sizes, 1, jnp.int32), ((0, 0), (1, 0)))
         places = dict(q_seqlen=sizes, kv_seqlen=sizes, q_offsets=starts, kv_offsets=starts)
         return dot_product_attention(q, k, v, scale=scale, mask_type=MaskType.PADDING_CAUSAL, **places)
-    if name.startswith("tokamax"):
-        import tokamax
-
-        mask = (seen.query[:, :, None] == seen.key[:, None])[:, None]
-        kernel = name.removeprefix("tokamax ")
-        return tokamax.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation=kernel)
     blocks = pallas.BlockSizes.get_default() if name == "pallas" else pallas.BlockSizes(*[64] * 6)
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
     return pallas.mha(q, k, v, seen.query, scale, True, blocks)
