@@ -73,12 +73,13 @@ def devices(topology: Topology) -> Sequence[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    extra = "cuda" if topology.target else "tpu"
     try:
-        found = topologies.get_topology_desc(topology.name, "tpu")
+        found = topologies.get_topology_desc(topology.name, extra, **topology.target)
     except Exception as error:  # jaxlib and libtpu raise errors of several kinds.
         raise UserError(
             f"no compiler for topology '{topology.name}': {str(error).splitlines()[0]}; "
-            "name one that these chips come in, or, where the compiler is missing, pip install 'qaperso[tpu]'"
+            f"name one that these chips come in, or, where the compiler is missing, pip install 'qaperso[{extra}]'"
         ) from error
     return found.devices
 

@@ -298,7 +298,8 @@ def _traffic(one: Instruction, inside: Computation, computations: Mapping[str, C
         return part.bytes * (operands[0].main + part.main)
     if one.opcode == "dynamic-update-slice":
         return 2 * _main(inside[one.operands[1]].result)
-    if one.opcode == "copy-start":
+    if one.opcode == "copy-start" or "__cublas" in one.rest:
+        # What else a product of cuBLAS gives is room to work in.
         written = _main(one.result[:1])
     elif one.opcode.endswith("-start") and len(one.result) >= 2 * len(operands):
         # The result lists the operands before what is written.

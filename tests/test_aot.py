@@ -20,6 +20,7 @@ from qaperso.models.config import DecoderConfig
 
 GIB = 2**30
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
+NO_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is None
 # Sizes that nothing else has, so that shapes tell what an array is: 5 layers, 4096 words.
 MODEL = DecoderConfig(vocab=4096, embed=64, layers=5, heads=4, kv_heads=2, head_dim=32, mlp=96)
 
@@ -87,15 +88,16 @@ def test_how_much_memory_would_have_been_needed(message: str, bytes: float | Non
     assert aot.needed(message) == bytes
 
 
-def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, extra", [("v5e:4x4", "tpu"), ("h100:8", "cuda")])
+def test_a_compiler_that_is_not_there_is_named(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object, **__: object) -> None:
-        raise RuntimeError("JAX TPU support not installed")
+        raise RuntimeError("JAX support not installed")
 
     monkeypatch.setattr(aot.topologies, "get_topology_desc", none)
     with pytest.raises(
-        UserError, match="'v5e:4x4': JAX TPU support not installed; name one .* pip install 'qaperso\\[tpu\\]'"
+        UserError, match=f"'{name}': JAX support not installed; name one .* pip install 'qaperso\\[{extra}\\]'"
     ):
-        aot.devices(chips.topology("v5e:4x4"))
+        aot.devices(chips.topology(name))
 
 
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'qaperso[tpu]'")
@@ -108,3 +110,23 @@ def test_a_step_compiles_for_four_chips() -> None:
     assert {c.kind for c in found.cost.collectives} <= set(hlo.COLLECTIVES)
     check_collectives(found)
     assert found.cost.flops > 4 * kernels(run) * 16 * 48 / 4
+
+
+NEEDS_CUDA = pytest.mark.skipif(
+    NO_CUDA, reason="needs jax-cuda13-plugin, nvidia-cuda-nvcc and nvidia-nvvm: pip install 'qaperso[cuda]'"
+)
+
+
+@NEEDS_CUDA
+def test_a_step_for_a_gpu_does_the_work_that_it_does_anywhere() -> None:
+    run = setting(method="sft")
+    found = compiled(run, mesh.make_mesh(1, 1, 1, aot.devices(chips.topology("h100:1"))))
+    assert found.fits and 0 < found.peak < GIB and "gemm" in found.text
+    here = compiled(run, mesh.make_mesh(1, 1, 1, jax.devices()[:1]))
+    assert found.cost.flops == here.cost.flops > 4 * kernels(run) * 16 * 48
+
+
+@NEEDS_CUDA
+@pytest.mark.slow
+def test_a_step_for_gpus_gathers_a_layer_at_a_time() -> None:
+    check_collectives(compiled(setting(), mesh.make_mesh(1, 4, 1, aot.devices(chips.topology("h100:4")))))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qaperso import hlo
-from qaperso.hlo import Array
+from qaperso.hlo import Array, Kernel
 
 # As TPU compilers write it: a loop of three gathers and products, a fused reduce-scatter, memory spaces, async pairs.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(bf16[8,4]{1,0:T(8,128)(2,1)})->bf16[8,4]{1,0}}
@@ -279,8 +279,16 @@ def test_products_of_a_batch() -> None:
     dot = "dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}"
     gemm = 'custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{'
     gemm += '"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"]}}}'
-    for written in (dot, gemm):
-        assert hlo.cost(text.replace("DOT", written)).flops == 2 * 3 * 4 * 5 * 6
+    found = hlo.Cost((Kernel(2 * 3 * 4 * 5 * 6, 4 * 3 * (4 * 5 + 5 * 6 + 4 * 6)),))
+    assert hlo.cost(text.replace("DOT", dot)) == hlo.cost(text.replace("DOT", gemm)) == found
+    # GPUs give such a product room to work in, or write it as a kernel of Triton with what stands around it.
+    room = text.replace("%d = f32[3,4,6]{2,1,0} DOT", "%d = (f32[3,4,6]{2,1,0}, s8[4194304]{0}) DOT").replace(
+        "DOT", gemm
+    )
+    assert hlo.cost(room) == found
+    body = text.replace("ENTRY %main", "%gemm").replace("DOT", dot)
+    call = "fusion(%a, %b), kind=kCustom, calls=%gemm, backend_config={}"
+    assert hlo.cost(body + text.replace("DOT", call)) == found
 
 
 @settings(max_examples=50, deadline=None)
