@@ -131,7 +131,7 @@ def cost(text: str) -> Cost:
         for one in inside.values():
             flops, traffic, other = _flops(one, inside), _traffic(one, inside, computations), None
             found += _collectives(one, inside, False)
-            if one.opcode == "fusion":
+            if one.kind == "fusion":
                 more, arriving = inside_of(one.called("calls"))
                 flops += more
                 beside += arriving
@@ -146,7 +146,7 @@ def cost(text: str) -> Cost:
                 kernels += other.kernels
                 transfers += other.transfers
                 found += other.collectives
-            elif one.kind in COLLECTIVES or one.opcode.endswith("-start"):
+            elif one.kind in COLLECTIVES or one.opcode.endswith("-start") and not flops:
                 transfers += traffic
             elif flops or traffic:
                 kernels.append(Kernel(flops, traffic))
@@ -284,7 +284,7 @@ def _traffic(one: Instruction, inside: Computation, computations: Mapping[str, C
     """Bytes that a kernel reads from and writes to main memory."""
     if one.opcode in FREE or one.opcode.endswith("-done"):
         return 0.0
-    if one.opcode == "fusion":
+    if one.kind == "fusion":
         return _fusion_traffic(one, inside, computations)
     if "AllocateBuffer" in one.rest:
         return 0.0
@@ -317,11 +317,13 @@ def _fusion_traffic(one: Instruction, inside: Computation, computations: Mapping
     What only passes through, and what communication beside the kernel sends and receives, is not the kernel's.
     """
     fused, total = computations[one.called("calls")], 0.0
-    parameters = _parameters(fused)
-    for number, array in enumerate(_operands(one, inside)):
+    parameters, operands = _parameters(fused), _operands(one, inside)
+    # One that runs beside others lists its operands before what it gives.
+    given = one.result if one.opcode == "fusion" else one.result[len(operands) :]
+    for number, array in enumerate(operands):
         if array.main:
             total += _read(array, list(_consumers(parameters[number].name, fused, computations)))
-    for array, source in zip(one.result, _sources(fused), strict=False):
+    for array, source in zip(given, _sources(fused), strict=False):
         if array.main and source is not None and source.opcode == "dynamic-update-slice":
             total += sum(a.bytes for a in fused[source.operands[1]].result)
         elif array.main and (source is None or not _passes(source)):

@@ -291,6 +291,35 @@ def test_products_of_a_batch() -> None:
     assert hlo.cost(body + text.replace("DOT", call)) == found
 
 
+def test_kernels_that_run_beside_others() -> None:
+    """As GPUs write them, their operands before what they give: slices are transfers, products are kernels like any."""
+    text = """%slice (p: f32[5,4,6], i: s32[]) -> f32[1,4,6] {
+  %p = f32[5,4,6]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %cut = f32[1,4,6]{2,1,0} dynamic-slice(%p, %i, %i, %i), dynamic_slice_sizes={1,4,6}
+}
+
+%product (l: f32[4,6], r: f32[6,3]) -> f32[4,3] {
+  %l = f32[4,6]{1,0} parameter(0)
+  %r = f32[6,3]{1,0} parameter(1)
+  ROOT %dot = f32[4,3]{1,0} dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[5,4,6], at: s32[], w: f32[6,3]) -> f32[4,3] {
+  %x = f32[5,4,6]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %w = f32[6,3]{1,0} parameter(2)
+  %fusion-start = ((f32[5,4,6]{2,1,0}, s32[]), f32[1,4,6]{2,1,0}, u32[]) fusion-start(%x, %at), kind=kLoop, calls=%slice
+  %fusion-done = f32[1,4,6]{2,1,0} fusion-done(%fusion-start)
+  %layer = f32[4,6]{1,0} bitcast(%fusion-done)
+  %fusion-start.1 = ((f32[4,6]{1,0}, f32[6,3]{1,0}), f32[4,3]{1,0}, u32[]) fusion-start(%layer, %w), kind=kCustom, calls=%product
+  ROOT %fusion-done.1 = f32[4,3]{1,0} fusion-done(%fusion-start.1)
+}
+"""
+    # The slice reads and writes 24 numbers, and reads its place.
+    assert hlo.cost(text) == hlo.Cost((Kernel(2.0 * 4 * 6 * 3, 4.0 * (24 + 18 + 12)),), 4.0 * (24 + 24 + 1))
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     *(st.integers(1, 6) for _ in range(3)),
