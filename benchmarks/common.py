@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import json
 import os
 import pickle
@@ -178,6 +179,20 @@ def peak_rss() -> int:
     """Largest resident memory of this process so far, bytes."""
     found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return found if sys.platform == "darwin" else found * 1024
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, least and most in milliseconds."""
+    return {"ms": 1e3 * statistics.median(seconds), "from": 1e3 * min(seconds), "to": 1e3 * max(seconds)}
+
+
+def attempt(shape: str, work: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """What a piece of work on a shape measured, or why it failed, in a line."""
+    gc.collect()
+    try:
+        return {"shape": shape, **work()}
+    except Exception as error:  # whatever a kernel or an allocator raises, the others go on
+        return {"shape": shape, "failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
 
 
 class Worker:

@@ -9,10 +9,11 @@ those of a call for one new token (reading the prompts) and of what a call for a
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,15 @@ TARGETS = {1: 1.2}
 TARGET = 2.0
 
 
-def make_model(method: str, shape: DecoderConfig, base: Tree) -> Model:
-    """A run of a method that learned nothing yet, ready to reply."""
+def make_model(method: str, shape: DecoderConfig, base: Tree, dtype: str = "float32", bare: bool = False) -> Model:
+    """A run of a method that learned nothing yet, ready to reply; `bare` of what the method adds."""
     chosen = config.default()
     chosen.unlock()
-    chosen.method = method
+    chosen.method, chosen.dtype = method, dtype
     classes = dict.fromkeys(("responder", "querier", "cluster"), np.zeros(1, np.int32))
     setting = methods.Setting(chosen, shape, queriers=32, clusters=1, classes=classes)
     module = methods.load(method)
-    trainable = arrays.initialise(module.declare(setting)[0], jax.random.key(1))
+    trainable = {} if bare else arrays.initialise(module.declare(setting)[0], jax.random.key(1))
     nobody, nothing = Registry((), ()), Template((), (), (), (), ())
     run = Run(Path(), setting, module, make_mesh(-1, 1, 1), nobody, None, nothing, base, {})
     return batching.prepare(run, trainable)
@@ -69,7 +70,9 @@ def time_ours(model: Model, prompts: np.ndarray, new: int) -> Times:
     return read - start, time.perf_counter() - read
 
 
-def load_peers(shape: DecoderConfig, base: Tree) -> dict[str, Any]:
+def load_peers(
+    shape: DecoderConfig, base: Tree, kinds: Sequence[str], dtype: str = "float32", device: str = "cpu"
+) -> dict[str, Any]:
     """The same weights in torch, a model for each kind of attention."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -77,21 +80,21 @@ def load_peers(shape: DecoderConfig, base: Tree) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         hf.save(path, base, shape)
-        load = AutoModelForCausalLM.from_pretrained
-        return {k: load(path, dtype=torch.float32, attn_implementation=k).eval() for k in ("eager", "sdpa")}
+        load = functools.partial(AutoModelForCausalLM.from_pretrained, path, dtype=getattr(torch, dtype))
+        return {kind: load(attn_implementation=kind).to(device).eval() for kind in kinds}
 
 
 def time_peer(model: Any, prompts: np.ndarray, new: int) -> Times:
     """One call for a token, one for all."""
     import torch
 
-    ids = torch.tensor(prompts, dtype=torch.long)
+    ids = torch.tensor(prompts, dtype=torch.long, device=model.device)
 
     def call(count: int) -> float:
         start = time.perf_counter()
         with torch.inference_mode():
             fixed = dict(do_sample=False, pad_token_id=0, attention_mask=torch.ones_like(ids))
-            found = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **fixed)
+            found = model.generate(ids, max_new_tokens=count, min_new_tokens=count, **fixed).cpu()
         assert found.shape[1] == ids.shape[1] + count
         return time.perf_counter() - start
 
@@ -119,7 +122,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Ratio], dict[str, Any]]:
     lacking = common.missing("torch")
     if lacking:
         print(f"generation: peer {lacking}")
-    peers = {} if lacking else load_peers(shape, base)
+    peers = {} if lacking else load_peers(shape, base, ("eager", "sdpa"))
     del base
     ratios: list[Ratio] = []
     for count in (1, 2) if options.quick else options.batch:

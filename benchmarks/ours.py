@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from qaperso import arrays, methods, step
 from qaperso import config as configs
@@ -62,6 +65,16 @@ def full_batch(shape: Shape, vocab: int, contrast: str, seed: int = 0) -> Batch:
     return jax.tree.map(lambda x: x[None], batch)
 
 
+def timed(call: Callable[[], Any], count: int) -> list[float]:
+    """Seconds of `count` calls, each waited for, after two that warm up."""
+    found = []
+    for _ in range(2 + count):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - start)
+    return found[2:]
+
+
 class Program:
     """State, base and compiled step of a setting, as `python -m qaperso.train` makes them."""
 
@@ -90,16 +103,21 @@ class Program:
         self.trace_seconds, self.compile_seconds = traced - start, time.perf_counter() - traced
 
     def _draw(self, specs: Tree, config: Any) -> Tree:
-        # By numpy: speed does not depend on the values, and the declared draw would have to be compiled.
-        rng = np.random.default_rng(config.seed)
+        # A million values by numpy, over and over on the devices where that is not enough: speed does not depend on them, the
+        # declared draw would have to be compiled, and billions would take minutes.
+        values = np.random.default_rng(config.seed).standard_normal(1 << 20, np.float32)
 
-        def leaf(_: str, spec: arrays.ArraySpec) -> np.ndarray:
+        def leaf(spec: arrays.ArraySpec, place: NamedSharding) -> jax.Array:
             if spec.init in ("zeros", "ones"):
-                return np.full(spec.shape, 0 if spec.init == "zeros" else 1, spec.dtype)
-            return (spec.init * rng.standard_normal(spec.shape, np.float32)).astype(spec.dtype)
+                return jax.device_put(np.full(spec.shape, 0 if spec.init == "zeros" else 1, spec.dtype), place)
+            size, drawn = math.prod(spec.shape), (spec.init * values).astype(spec.dtype)
+            if size <= len(drawn):
+                return jax.device_put(drawn[:size].reshape(spec.shape), place)
+            repeat = jax.jit(lambda x: jnp.tile(x, -(-size // len(x)))[:size].reshape(spec.shape), out_shardings=place)
+            return repeat(drawn)
 
         place = arrays.shardings(specs, self.mesh, config.sharding)
-        return jax.device_put(arrays.map_specs(leaf, specs), place)
+        return jax.tree.map(leaf, specs, place, is_leaf=arrays.is_spec)
 
     def put(self, batch: Batch) -> Batch:
         """The batch on the devices."""

@@ -1,7 +1,7 @@
 """The peer: transformers with a peft LoRA in torch, as a program of its own, for `common.Worker`.
 
-LoRA of the same rank and scale on the same seven projections, AdamW on the adapters, no gradient checkpointing and no
-clipping (which ours does). Adapters are float32, peft's default, or of the model's dtype.
+LoRA of the same rank and scale on the same seven projections, AdamW on the adapters, no clipping (which ours does), and no
+gradient checkpointing where it is not asked for. Adapters are float32, peft's default, or of the model's dtype.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Args:
       spec: model: DecoderConfig; batches: dicts of `padded`; attention: "eager" or "sdpa"; dtype: of the model;
-        adapters: dtype of the adapters; rank, alpha: of LoRA; lr: of AdamW; threads.
+        adapters: dtype of the adapters; rank, alpha: of LoRA; lr: of AdamW; threads; device: torch's name;
+        checkpointing: whether layers are computed again in the backward pass.
     """
     import peft
     import torch
@@ -56,7 +57,12 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     dtype = getattr(torch, spec["dtype"])
     names = to_hf(spec["model"])
     config = transformers.AutoConfig.for_model(names.pop("model_type"), **names)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=spec["attention"], dtype=dtype)
+    if spec["device"] != "cpu":
+        torch.set_float32_matmul_precision("high")  # TF32, as JAX has it on GPUs
+    with torch.device(spec["device"]):
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, attn_implementation=spec["attention"], dtype=dtype
+        )
     lora = peft.LoraConfig(
         r=spec["rank"],
         lora_alpha=spec["alpha"],
@@ -65,10 +71,12 @@ def build(spec: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(model, lora, autocast_adapter_dtype=spec["adapters"] == "float32")
+    if spec["checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=spec["lr"], weight_decay=0.0)
-    batches = [{k: torch.from_numpy(v) for k, v in batch.items()} for batch in spec["batches"]]
+    batches = [{k: torch.from_numpy(v).to(spec["device"]) for k, v in batch.items()} for batch in spec["batches"]]
 
     def steps(numbers: list[int]) -> list[float]:
         found = []
@@ -114,7 +122,8 @@ def worker(
 ) -> common.Worker:
     """Starts a peer for these batches; the warm-up's steps are done."""
     spec = dict(model=model, batches=list(batches), attention=attention, dtype=dtype, adapters=adapters, lr=lr)
-    made = common.Worker("peer.py", spec | {"rank": lora.rank, "alpha": lora.alpha, "threads": threads})
+    spec |= {"rank": lora.rank, "alpha": lora.alpha, "threads": threads, "device": "cpu", "checkpointing": False}
+    made = common.Worker("peer.py", spec)
     made.seconds(warm_up)
     return made
 

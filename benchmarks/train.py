@@ -91,17 +91,28 @@ class Bench:
 
     def flops(self, worker: Worker, method: str, split: int = 0) -> float:
         """FLOPs of a step: all matmuls of forward and backward pass, each once."""
-        m = self.model
-        attending = m.heads * m.head_dim
-        second = m.layers - split if method == "qar" else 0
-        # Scores and values, of whose S x S a causal mask leaves half: two matmuls forward, four backward.
-        scores = 6 * 2 * (m.layers + second) * attending * self.shape.length / 2
-        # Frozen kernels have one matmul backward, LoRA's two.
-        rank, kv = self.lora_rank, m.kv_heads * m.head_dim
-        kernels = 2 * m.embed * (attending + kv)
-        adapters = rank * (2 * (m.embed + attending) + 2 * (m.embed + kv))
-        tower = second * (4 * kernels + 6 * adapters)
-        return self.tokens * (worker.facts["flops_a_position"] + scores + tower)
+        second = self.model.layers - split if method == "qar" else 0
+        return step_work(self.model, self.shape, self.lora_rank, worker.facts["flops_a_position"], second)
+
+
+def step_work(model: DecoderConfig, shape: Shape, rank: int, position: float, second: int) -> float:
+    """FLOPs of a step on rows of one dialogue each: all matmuls of forward and backward pass, each once.
+
+    Args:
+      model, shape: what is multiplied with what; every position is predicted.
+      rank: of LoRA.
+      position: FLOPs of one position, see `qaperso.step.step_flops`.
+      second: layers that have a second tower.
+    """
+    attending = model.heads * model.head_dim
+    # Scores and values, of whose S x S a causal mask leaves half: two matmuls forward, four backward.
+    scores = 6 * 2 * (model.layers + second) * attending * shape.length / 2
+    # Frozen kernels have one matmul backward, LoRA's two.
+    kv = model.kv_heads * model.head_dim
+    kernels = 2 * model.embed * (attending + kv)
+    adapters = rank * (2 * (model.embed + attending) + 2 * (model.embed + kv))
+    tower = second * (4 * kernels + 6 * adapters)
+    return shape.rows * shape.length * (position + scores + tower)
 
 
 def trial(worker: Worker) -> float:

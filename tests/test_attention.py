@@ -1,4 +1,4 @@
-"""Blockwise attention and the TPU kernel against all scores at once, with their gradients."""
+"""Blockwise attention and the kernels of TPUs and GPUs against all scores at once, with their gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType
 
 from qaperso import mesh as meshes
-from qaperso.models import splash
+from qaperso.models import flash, splash
 from qaperso.models.attention import BLOCK, Segments, attention, segments
 
 W, B, H, KV, DIM = 2, 2, 6, 2, 8
@@ -86,19 +86,57 @@ def test_the_tpu_kernel_under_a_mesh() -> None:
         check(interpreted, 128)
 
 
-def test_the_kernel_is_taken_on_tpus_for_rows_that_it_can_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def by_xla(q: jax.Array, k: jax.Array, v: jax.Array, seen: Segments) -> jax.Array:
+    return flash.attention(q, k, v, *seen, implementation="xla")
+
+
+@pytest.mark.parametrize("shape", [None, (1, 1, 1), (2, 1, 2), (1, 4, 1)])
+def test_the_gpu_kernel_is_asked_for_the_whole(shape: tuple[int, ...] | None) -> None:
+    # Alone, on one device, cut in rows and heads; rows that the mesh does not divide are whole everywhere.
+    if shape is None:
+        return check(by_xla, 40)
+    devices = jax.devices()[: int(np.prod(shape))]
+    with jax.set_mesh(jax.make_mesh(shape, meshes.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)):
+        check(by_xla, 40)
+
+
+def test_kernels_are_taken_where_they_run_for_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
-    def kernel(q: jax.Array, *_: jax.Array) -> jax.Array:
-        taken.append(q.shape[2])
+    def kernel(name: str, q: jax.Array, *_: jax.Array) -> jax.Array:
+        taken.append((name, q.shape[2], q.dtype.name))
         return q.reshape(*q.shape[:3], -1)
 
-    monkeypatch.setattr(splash, "attention", kernel)
-    for where in ("cpu", "gpu", "tpu"):
-        monkeypatch.setattr("qaperso.models.attention.platform", lambda where=where: where)
-        for s in (128, 136):
-            jax.eval_shape(lambda *given: attention(*given), *inputs(s), packed(s))  # new, so that it is traced anew
-    assert taken == [128]
+    monkeypatch.setattr(splash, "attention", functools.partial(kernel, "splash"))
+    monkeypatch.setattr(flash, "attention", functools.partial(kernel, "flash"))
+
+    def trace(capable: bool) -> None:
+        monkeypatch.setattr(flash, "_capable", lambda: capable)
+        for where in ("cpu", "gpu", "tpu"):
+            monkeypatch.setattr("qaperso.models.attention.platform", lambda where=where: where)
+            for s in (128, 136, 135):
+                for dtype in ("float32", "bfloat16"):
+                    given = [x.astype(dtype) for x in inputs(s)]
+                    jax.eval_shape(lambda *x: attention(*x), *given, packed(s))  # new, so that it is traced anew
+                    jax.eval_shape(lambda *x: attention(*x, causal=False), *given, packed(s))
+
+    trace(True)
+    on_gpus = [("flash", 128, "bfloat16"), ("flash", 136, "bfloat16")]
+    on_tpus = [("splash", 128, "float32"), ("splash", 128, "bfloat16")]
+    assert taken == on_gpus + on_tpus
+    taken.clear()
+    trace(False)
+    assert taken == on_tpus
+
+
+def test_gpus_that_the_kernel_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Device:
+        def __init__(self, can: str):
+            self.compute_capability = can
+
+    for found, expected in ((["9.0", "8.0"], True), (["12.1"], True), (["8.6", "7.5"], False), (["gfx942"], False)):
+        monkeypatch.setattr(jax, "local_devices", lambda backend, found=found: [Device(can) for can in found])
+        assert flash._capable.__wrapped__() is expected
 
 
 def test_bfloat16_is_close_and_its_gradients_exist() -> None:

@@ -207,3 +207,47 @@ def test_the_peer_reads_what_we_read(beside):
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert set(peer.padded([np.array([1])], [np.array([True])])) == {"input_ids", "labels"}
+
+
+def test_kernels_are_held_against_every_score_at_once(beside):
+    import kernels
+
+    spec = {"program": "blocks", "quick": True, "rounds": 1}
+    (row,) = kernels.measure_attention(spec)
+    assert row["shape"] == "2 x 128, 2/1 x 32" and "failed" not in row
+    assert all(0 < row[name] < 0.01 for name in ("error", "of dq", "of dk", "of dv"))
+    # No kernel of cuDNN's without a GPU: one line, and the others go on.
+    (row,) = kernels.measure_attention(spec | {"program": "cudnn"})
+    assert row["failed"] and "\n" not in row["failed"] and "ms" not in row
+
+
+def test_programs_on_a_gpu_are_rows_or_say_why_not(beside):
+    import gpu
+
+    spec = {"part": "matmul", "program": "jax", "quick": True}
+    assert gpu.run(spec, 1.0) == [{"failed": "left out, there was no time"}]
+    (row,) = gpu.run({"part": "train", "quick": False, "model": "none", "program": "sft"}, 100.0)
+    assert row["failed"].startswith("1: KeyError: 'none'")
+    rates = [("a", "sft", 6.0), ("a", "peer", 2.0), ("a", "peer", 3.0), ("b", "sft", 1.0)]
+    rows = [{"part": "train", "shape": s, "program": p, "tokens/s": r} for s, p, r in rates]
+    assert [(r.name, r.value) for r in gpu.ratios_of(rows)] == [("sft / peer, a", 2.0)]
+
+
+@pytest.mark.slow
+def test_everything_of_the_gpu_benchmark_runs(tmp_path, beside):
+    import kernels
+
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, str(BENCHMARKS / "gpu.py"), "--quick", "--json", str(tmp_path / "gpu.json")]
+    done = subprocess.run(words, env=os.environ | settings, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    failed = {row["program"] for row in found["figures"] if "failed" in row}
+    assert failed == set(kernels.KERNELS) - {"blocks"}
+    assert {(r["part"], r["program"]) for r in found["figures"] if "failed" not in r} == {
+        ("matmul", "jax"),
+        ("attention", "blocks"),
+        *(("train", name) for name in ("sft", "peer", "qar", "sft blocks")),
+        *(("generate", name) for name in ("merged", "sft", "qar", "transformers")),
+    }
+    assert "qar / transformers, batch 2" in done.stdout

@@ -1,6 +1,7 @@
 """Grouped-query attention over packed rows; the backward pass recomputes the weights.
 
-On TPUs it is JAX's splash-attention kernel (`models/splash.py`), elsewhere blocks of queries in plain JAX.
+On TPUs it is JAX's splash-attention kernel (`models/splash.py`), on GPUs cuDNN's (`models/flash.py`), elsewhere and for what
+neither takes blocks of queries in plain JAX.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from qaperso.arrays import platform
-from qaperso.models import splash
+from qaperso.models import flash, splash
 from qaperso.models.linear import dot
 
 # Queries of a block see the keys up to the block's end only; smaller blocks compute less and start more kernels.
@@ -70,6 +71,8 @@ def attention(
     """
     if causal and platform() == "tpu" and splash.fits(q.shape[2]):
         return splash.attention(q, k, v, *seen)
+    if causal and platform() == "gpu" and flash.fits(q):
+        return flash.attention(q, k, v, *seen)
     return by_blocks(q, k, v, seen, causal)
 
 
