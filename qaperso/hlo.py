@@ -239,6 +239,8 @@ def _flops(one: Instruction, inside: Computation) -> float:
         return _convolution(one, inside)
     if attention := re.match(r"splash_mha_(fwd|dq|dkv)", one.name):
         return ATTENTION[attention[1]] * _causal(_operands(one, inside))
+    if attention := re.search(r'"__cudnn\$fmha\w*?(Backward)?"', one.rest):
+        return (5 if attention[1] else 2) * _fused(one, inside)
     key = r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)'
     found = re.search(key, one.rest) if one.opcode in ("dot", "custom-call") else None
     if not found:
@@ -252,6 +254,13 @@ def _causal(operands: Sequence[Array]) -> float:
     blocks = operands[0].dims[-1]
     queries = next(a for a in operands if len(a.dims) == 5)
     return 2.0 * math.prod(queries.dims) * queries.dims[-2] * (blocks + 1) / (2 * blocks)
+
+
+def _fused(one: Instruction, inside: Computation) -> float:
+    """FLOPs of one product of queries and keys [..., d] in cuDNN's attention, which is told the shape of their scores."""
+    scores = re.search(r'"dimensions": ?\[([^\]]*)\]', one.rest)[1]
+    share = 0.5 if '"CAUSAL"' in one.rest else 1.0
+    return share * 2.0 * math.prod(map(int, re.findall(r"\d+", scores))) * _operands(one, inside)[0].dims[-1]
 
 
 def _convolution(one: Instruction, inside: Computation) -> float:

@@ -221,6 +221,22 @@ def test_attention_and_what_moves_beside_kernels(kind: str, products: int) -> No
     assert found.hbm_bytes == attention.bytes + 2 * 192 + 64 + 192
 
 
+@pytest.mark.parametrize("target, products", [("fmhaScaleBiasSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
+@pytest.mark.parametrize("mask, share", [("CAUSAL", 0.5), ("NO_MASK", 1.0)])
+def test_attention_of_cudnn(target: str, products: int, mask: str, share: float) -> None:
+    # Two query heads read each key-value head.
+    text = """ENTRY %main (q: bf16[3,8,4,16], k: bf16[3,8,2,16]) -> bf16[3,4,8,16] {
+  %q = bf16[3,8,4,16]{3,2,1,0} parameter(0)
+  %k = bf16[3,8,2,16]{3,2,1,0} parameter(1)
+  ROOT %a = (bf16[3,4,8,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$TARGET", backend_config=CONFIG
+}
+"""
+    config = '{"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["3", "4", "8", "8"]}, "mask_type": "MASK"'
+    config += ', "bmm1_dot_dimension_numbers": {"lhs_contracting_dimensions":["3"]}}}'
+    written = text.replace("CONFIG", config).replace("TARGET", target).replace("MASK", mask)
+    assert hlo.cost(written).flops == products * share * 2 * 3 * 4 * 8 * 8 * 16
+
+
 def test_strings_of_arrays() -> None:
     assert str(Array("f32", (3, 8))) == "f32[3,8]" and str(Array("s32", ())) == "s32[]"
     assert Array("pred", (3, 8)).bytes == 24 and Array("token", ()).bytes == 0
