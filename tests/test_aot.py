@@ -119,14 +119,17 @@ NEEDS_CUDA = pytest.mark.skipif(
 
 @NEEDS_CUDA
 def test_a_step_for_a_gpu_does_the_work_that_it_does_anywhere() -> None:
-    run = setting(method="sft")
+    # Of an odd length, which only blocks take: they are what CPUs compute too.
+    run = setting(method="sft", batch__length=47)
     found = compiled(run, mesh.make_mesh(1, 1, 1, aot.devices(chips.topology("h100:1"))))
     assert found.fits and 0 < found.peak < GIB and "gemm" in found.text
     here = compiled(run, mesh.make_mesh(1, 1, 1, jax.devices()[:1]))
-    assert found.cost.flops == here.cost.flops > 4 * kernels(run) * 16 * 48
+    assert found.cost.flops == here.cost.flops > 4 * kernels(run) * 16 * 47
 
 
 @NEEDS_CUDA
 @pytest.mark.slow
 def test_a_step_for_gpus_gathers_a_layer_at_a_time() -> None:
-    check_collectives(compiled(setting(), mesh.make_mesh(1, 4, 1, aot.devices(chips.topology("h100:4")))))
+    check_collectives(
+        compiled(setting(batch__length=47), mesh.make_mesh(1, 4, 1, aot.devices(chips.topology("h100:4"))))
+    )
