@@ -191,7 +191,7 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
     with jax.set_mesh(mesh):
         lowered = program.function.lower(*program.arguments, **program.static)
         try:
-            compiled = lowered.compile()
+            compiled = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:
             used = needed(str(error))
             if used is None:
@@ -202,6 +202,16 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
     # Results that take the place of donated arguments need no room of their own.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(True, arguments, temporaries, arguments + own + temporaries, hlo.cost(text), text)
+
+
+def _compile(lowered: Any) -> Any:
+    """Compiles; where no GPU times kernels of Triton, the first choice does not take every product: then cuBLAS has them all."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "output tile sizes" not in str(error):
+            raise
+        return lowered.compile({"xla_gpu_enable_triton_gemm": False})
 
 
 def needed(message: str) -> float | None:
