@@ -186,10 +186,15 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
     """Compiles a program for the mesh's devices.
 
     Raises:
-      UserError: the compiler fails for another reason than memory.
+      UserError: the compiler fails for another reason than memory, or a library that a kernel is of is missing.
     """
     with jax.set_mesh(mesh):
-        lowered = program.function.lower(*program.arguments, **program.static)
+        try:
+            lowered = program.function.lower(*program.arguments, **program.static)
+        except RuntimeError as error:
+            if "cuDNN" not in str(error):
+                raise
+            raise UserError(f"attention on GPUs is cuDNN's: {error} pip install 'qaperso[cuda]'") from error
         try:
             compiled = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:

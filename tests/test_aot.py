@@ -22,6 +22,7 @@ from qaperso.models.config import DecoderConfig
 GIB = 2**30
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 NO_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is None
+NO_CUDNN = NO_CUDA or importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cudnn") is None
 # Sizes that nothing else has, so that shapes tell what an array is: 5 layers, 4096 words.
 MODEL = DecoderConfig(vocab=4096, embed=64, layers=5, heads=4, kv_heads=2, head_dim=32, mlp=96)
 # Heads wider than kernels of attention on GPUs take: blocks in plain JAX are the same everywhere.
@@ -145,3 +146,16 @@ def test_a_step_for_gpus_gathers_a_layer_at_a_time() -> None:
     check_collectives(
         compiled(setting(batch__length=47), mesh.make_mesh(1, 4, 1, aot.devices(chips.topology("h100:4"))))
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_CUDNN, reason="needs jax-cuda13-plugin and nvidia-cudnn-cu13: pip install 'qaperso[cuda]'")
+def test_attention_of_a_step_for_gpus_is_cudnns_and_counts() -> None:
+    run = setting(method="sft")
+    found = compiled(run, mesh.make_mesh(1, 1, 1, aot.devices(chips.topology("h100:1"))))
+    here = compiled(run, mesh.make_mesh(1, 1, 1, jax.devices()[:1]))
+    assert "__cudnn$fmha" in found.text
+    # Of nine products of queries and keys, two forward, two again and five backward, the half counts; blocks compute eight of so
+    # short a row whole.
+    product = MODEL.layers * 2.0 * 16 * MODEL.heads * 48**2 * MODEL.head_dim
+    assert here.cost.flops - found.cost.flops == (8 - 9 / 2) * product
