@@ -126,6 +126,15 @@ def test_products_that_triton_does_not_take_are_cublas() -> None:
     assert aot._compile(Lowered()) == {"xla_gpu_enable_triton_gemm": False}
 
 
+def test_a_library_that_is_not_there_is_named() -> None:
+    @jax.jit
+    def function() -> None:
+        raise RuntimeError("cuDNN not found.")
+
+    with pytest.raises(UserError, match=r"cuDNN's: cuDNN not found\. pip install 'qaperso\[cuda\]'"):
+        aot.compile_program(aot.Program(function, ()), mesh.make_mesh(1, 8, 1))
+
+
 NEEDS_CUDA = pytest.mark.skipif(
     NO_CUDA, reason="needs jax-cuda13-plugin, nvidia-cuda-nvcc and nvidia-nvvm: pip install 'qaperso[cuda]'"
 )
