@@ -9,6 +9,7 @@ VARIANTS = {
     "v5e-256": PACKED | {"batch.rows": 512},
     "v5p-128": PACKED | {"batch.rows": 384, "remat": "dots"},
     "v6e-64": PACKED | {"batch.rows": 256},
+    "h100-8": PACKED | {"batch.rows": 96},
 }
 
 

@@ -73,12 +73,13 @@ def devices(topology: Topology) -> Sequence[Any]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+    extra = "cuda" if topology.target else "tpu"
     try:
-        found = topologies.get_topology_desc(topology.name, "tpu")
+        found = topologies.get_topology_desc(topology.name, extra, **topology.target)
     except Exception as error:  # jaxlib and libtpu raise errors of several kinds.
         raise UserError(
             f"no compiler for topology '{topology.name}': {str(error).splitlines()[0]}; "
-            "name one that these chips come in, or, where the compiler is missing, pip install 'qaperso[tpu]'"
+            f"name one that these chips come in, or, where the compiler is missing, pip install 'qaperso[{extra}]'"
         ) from error
     return found.devices
 
@@ -185,12 +186,17 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
     """Compiles a program for the mesh's devices.
 
     Raises:
-      UserError: the compiler fails for another reason than memory.
+      UserError: the compiler fails for another reason than memory, or a library that a kernel is of is missing.
     """
     with jax.set_mesh(mesh):
-        lowered = program.function.lower(*program.arguments, **program.static)
         try:
-            compiled = lowered.compile()
+            lowered = program.function.lower(*program.arguments, **program.static)
+        except RuntimeError as error:
+            if "cuDNN" not in str(error):
+                raise
+            raise UserError(f"attention on GPUs is cuDNN's: {error} pip install 'qaperso[cuda]'") from error
+        try:
+            compiled = _compile(lowered)
         except jax.errors.JaxRuntimeError as error:
             used = needed(str(error))
             if used is None:
@@ -201,6 +207,16 @@ def compile_program(program: Program, mesh: Mesh) -> Compiled:
     # Results that take the place of donated arguments need no room of their own.
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return Compiled(True, arguments, temporaries, arguments + own + temporaries, hlo.cost(text), text)
+
+
+def _compile(lowered: Any) -> Any:
+    """Compiles; where no GPU times kernels of Triton, the first choice does not take every product: then cuBLAS has them all."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "output tile sizes" not in str(error):
+            raise
+        return lowered.compile({"xla_gpu_enable_triton_gemm": False})
 
 
 def needed(message: str) -> float | None:

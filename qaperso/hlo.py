@@ -131,7 +131,7 @@ def cost(text: str) -> Cost:
         for one in inside.values():
             flops, traffic, other = _flops(one, inside), _traffic(one, inside, computations), None
             found += _collectives(one, inside, False)
-            if one.opcode == "fusion":
+            if one.kind == "fusion":
                 more, arriving = inside_of(one.called("calls"))
                 flops += more
                 beside += arriving
@@ -146,7 +146,7 @@ def cost(text: str) -> Cost:
                 kernels += other.kernels
                 transfers += other.transfers
                 found += other.collectives
-            elif one.kind in COLLECTIVES or one.opcode.endswith("-start"):
+            elif one.kind in COLLECTIVES or one.opcode.endswith("-start") and not flops:
                 transfers += traffic
             elif flops or traffic:
                 kernels.append(Kernel(flops, traffic))
@@ -239,6 +239,8 @@ def _flops(one: Instruction, inside: Computation) -> float:
         return _convolution(one, inside)
     if attention := re.match(r"splash_mha_(fwd|dq|dkv)", one.name):
         return ATTENTION[attention[1]] * _causal(_operands(one, inside))
+    if attention := re.search(r'"__cudnn\$fmha\w*?(Backward)?"', one.rest):
+        return (5 if attention[1] else 2) * _fused(one, inside)
     key = r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)'
     found = re.search(key, one.rest) if one.opcode in ("dot", "custom-call") else None
     if not found:
@@ -252,6 +254,13 @@ def _causal(operands: Sequence[Array]) -> float:
     blocks = operands[0].dims[-1]
     queries = next(a for a in operands if len(a.dims) == 5)
     return 2.0 * math.prod(queries.dims) * queries.dims[-2] * (blocks + 1) / (2 * blocks)
+
+
+def _fused(one: Instruction, inside: Computation) -> float:
+    """FLOPs of one product of queries and keys [..., d] in cuDNN's attention, which is told the shape of their scores."""
+    scores = re.search(r'"dimensions": ?\[([^\]]*)\]', one.rest)[1]
+    share = 0.5 if '"CAUSAL"' in one.rest else 1.0
+    return share * 2.0 * math.prod(map(int, re.findall(r"\d+", scores))) * _operands(one, inside)[0].dims[-1]
 
 
 def _convolution(one: Instruction, inside: Computation) -> float:
@@ -284,7 +293,7 @@ def _traffic(one: Instruction, inside: Computation, computations: Mapping[str, C
     """Bytes that a kernel reads from and writes to main memory."""
     if one.opcode in FREE or one.opcode.endswith("-done"):
         return 0.0
-    if one.opcode == "fusion":
+    if one.kind == "fusion":
         return _fusion_traffic(one, inside, computations)
     if "AllocateBuffer" in one.rest:
         return 0.0
@@ -298,7 +307,8 @@ def _traffic(one: Instruction, inside: Computation, computations: Mapping[str, C
         return part.bytes * (operands[0].main + part.main)
     if one.opcode == "dynamic-update-slice":
         return 2 * _main(inside[one.operands[1]].result)
-    if one.opcode == "copy-start":
+    if one.opcode == "copy-start" or "__cublas" in one.rest:
+        # What else a product of cuBLAS gives is room to work in.
         written = _main(one.result[:1])
     elif one.opcode.endswith("-start") and len(one.result) >= 2 * len(operands):
         # The result lists the operands before what is written.
@@ -316,11 +326,13 @@ def _fusion_traffic(one: Instruction, inside: Computation, computations: Mapping
     What only passes through, and what communication beside the kernel sends and receives, is not the kernel's.
     """
     fused, total = computations[one.called("calls")], 0.0
-    parameters = _parameters(fused)
-    for number, array in enumerate(_operands(one, inside)):
+    parameters, operands = _parameters(fused), _operands(one, inside)
+    # One that runs beside others lists its operands before what it gives.
+    given = one.result if one.opcode == "fusion" else one.result[len(operands) :]
+    for number, array in enumerate(operands):
         if array.main:
             total += _read(array, list(_consumers(parameters[number].name, fused, computations)))
-    for array, source in zip(one.result, _sources(fused), strict=False):
+    for array, source in zip(given, _sources(fused), strict=False):
         if array.main and source is not None and source.opcode == "dynamic-update-slice":
             total += sum(a.bytes for a in fused[source.operands[1]].result)
         elif array.main and (source is None or not _passes(source)):

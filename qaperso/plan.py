@@ -1,4 +1,4 @@
-"""python -m qaperso.plan --config configs/x.py --topology v5e:4x4 [--json FILE] [--search | --generate] [--config.key=value ...]
+"""python -m qaperso.plan --config configs/x.py --topology v5e:4x4|h100:8 [--json FILE] [--search | --generate] [--config.key=value ...]
 
 Whether a run fits on chips that are not there, how fast it would be, what binds it and what to change: the real train step
 is compiled ahead of time from shapes alone (--generate: the programs of replying). Exit codes: 0 fits, 1 does not, 2 bad
@@ -41,7 +41,7 @@ class Plan:
     Attributes:
       config, topology, program: what was planned; "train", "decode" or "prefill".
       changes: {dotted key: value}, what a search set.
-      fits: whether it compiles for the chip's memory.
+      fits: whether it compiles for the chip's memory, and needs no more; compilers for GPUs do not fail for want of it.
       peak_bytes, arguments_bytes, temporary_bytes: of memory; but for the first unknown (0) where it does not fit.
       hbm_bytes: what the chip has.
       useful_flops: what counts for MFU, see `useful`.
@@ -137,19 +137,20 @@ def plan(
         compiled = aot.compile_program(program, mesh)
         prompt = program.arguments[1].tokens.size if kind == "prefill" else 0
         flops, tokens = useful(setting, kind, prompt)
+        fits = compiled.fits and compiled.peak <= topology.chip.hbm_bytes
         one = Plan(
             config=name,
             topology=topology.name,
             program=kind,
             changes=changes or {},
-            fits=compiled.fits,
+            fits=fits,
             peak_bytes=compiled.peak,
             arguments_bytes=compiled.arguments,
             temporary_bytes=compiled.temporaries,
             hbm_bytes=topology.chip.hbm_bytes,
             useful_flops=flops / topology.devices,
         )
-        one = predict(one, compiled.cost, topology, tokens) if compiled.fits else one
+        one = predict(one, compiled.cost, topology, tokens) if fits else one
         found.append(dataclasses.replace(one, advice=tuple(advise(one, config, shards))))
     return found
 
@@ -295,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m qaperso.plan", description=__doc__, allow_abbrev=False)
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]", help="a Python file with get_config()")
-    parser.add_argument("--topology", required=True, metavar="KIND:AxB", help="such as v5e:4x4 or v5p:4x4x4")
+    parser.add_argument("--topology", required=True, metavar="KIND:AxB", help="such as v5e:4x4, v5p:4x4x4 or h100:8")
     parser.add_argument("--json", type=Path, metavar="FILE", help="writes the plan there too")
     parser.add_argument("--queriers", type=int, default=1024, metavar="N", help="people in the data (default: 1024)")
     what = parser.add_mutually_exclusive_group()

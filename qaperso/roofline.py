@@ -2,12 +2,12 @@
 
 A kernel takes as long as its products or its bytes, whichever is more:
 
-    seconds = max(FLOPs / (efficiency * peak), bytes / (BANDWIDTH * memory's peak))
+    seconds = max(FLOPs / (efficiency * peak), bytes / (streaming * memory's peak))
 
-Copies and communication read and write memory while kernels run, and take what these leave of BANDWIDTH. Links come on top:
-no communication is taken to be hidden. `chips.Chip.efficiency` is what one of MaxText's published pre-training runs on such
-chips says; `tests/test_roofline.py` fits it again and checks that four other runs come out. BANDWIDTH was chosen: these runs
-hardly tell, any value from 0.5 to 0.9 does with efficiencies that are fitted to it.
+Copies and communication read and write memory while kernels run, and take what these leave of it. Links come on top: no
+communication is taken to be hidden. `chips.Chip.efficiency` is what one of MaxText's published pre-training runs on such
+chips says; `tests/test_roofline.py` fits it again and checks that other runs come out. `chips.Chip.streaming` was chosen: these
+runs hardly tell, any value from 0.5 to 0.9 does with efficiencies that are fitted to it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import math
 from qaperso.chips import Topology
 from qaperso.hlo import Cost, Kernel
 from qaperso.models.config import DecoderConfig
-
-BANDWIDTH = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,11 @@ def work_of(cost: Cost) -> Work:
 
 
 def estimate(
-    work: Work, topology: Topology, useful: float, efficiency: float | None = None, bandwidth: float = BANDWIDTH
+    work: Work,
+    topology: Topology,
+    useful: float,
+    efficiency: float | None = None,
+    bandwidth: float | None = None,
 ) -> Estimate:
     """Predicts a step.
 
@@ -70,11 +72,11 @@ def estimate(
       topology: the chips.
       useful: FLOPs of one chip that count for MFU.
       efficiency: None = that of the chips.
-      bandwidth: share of the memory's peak.
+      bandwidth: share of the memory's peak; None = that of the chips.
     """
     chip = topology.chip
     rate = chip.flops * (chip.efficiency if efficiency is None else efficiency)
-    speed = chip.hbm_bandwidth * bandwidth
+    speed = chip.hbm_bandwidth * (chip.streaming if bandwidth is None else bandwidth)
     parts, moving = {"compute": 0.0, "HBM": 0.0, "interconnect": 0.0}, work.transfers / speed
     for flops, moved, times in work.kernels:
         binds = "compute" if flops / rate >= moved / speed else "HBM"
@@ -159,7 +161,7 @@ def pretraining_work(run: Pretraining, chips: int) -> Work:
     return Work((*products, *attention, *plain), 3 * 2.0 * parameters, ((3 * sent, chips),))
 
 
-def fit(work: Work, topology: Topology, seconds: float, bandwidth: float = BANDWIDTH) -> float:
+def fit(work: Work, topology: Topology, seconds: float, bandwidth: float | None = None) -> float:
     """The efficiency with which a run takes as long as it did, by bisection: a step is the shorter the larger it is."""
     low, high = 0.01, 1.0
     for _ in range(50):

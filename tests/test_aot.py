@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -20,8 +21,12 @@ from qaperso.models.config import DecoderConfig
 
 GIB = 2**30
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
+NO_CUDA = importlib.util.find_spec("jax_cuda13_plugin") is None
+NO_CUDNN = NO_CUDA or importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.cudnn") is None
 # Sizes that nothing else has, so that shapes tell what an array is: 5 layers, 4096 words.
 MODEL = DecoderConfig(vocab=4096, embed=64, layers=5, heads=4, kv_heads=2, head_dim=32, mlp=96)
+# Heads wider than kernels of attention on GPUs take: blocks in plain JAX are the same everywhere.
+PLAIN = dataclasses.replace(MODEL, head_dim=256)
 
 
 def setting(**changes: object) -> Setting:
@@ -87,15 +92,16 @@ def test_how_much_memory_would_have_been_needed(message: str, bytes: float | Non
     assert aot.needed(message) == bytes
 
 
-def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name, extra", [("v5e:4x4", "tpu"), ("h100:8", "cuda")])
+def test_a_compiler_that_is_not_there_is_named(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object, **__: object) -> None:
-        raise RuntimeError("JAX TPU support not installed")
+        raise RuntimeError("JAX support not installed")
 
     monkeypatch.setattr(aot.topologies, "get_topology_desc", none)
     with pytest.raises(
-        UserError, match="'v5e:4x4': JAX TPU support not installed; name one .* pip install 'qaperso\\[tpu\\]'"
+        UserError, match=f"'{name}': JAX support not installed; name one .* pip install 'qaperso\\[{extra}\\]'"
     ):
-        aot.devices(chips.topology("v5e:4x4"))
+        aot.devices(chips.topology(name))
 
 
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'qaperso[tpu]'")
@@ -108,3 +114,57 @@ def test_a_step_compiles_for_four_chips() -> None:
     assert {c.kind for c in found.cost.collectives} <= set(hlo.COLLECTIVES)
     check_collectives(found)
     assert found.cost.flops > 4 * kernels(run) * 16 * 48 / 4
+
+
+def test_products_that_triton_does_not_take_are_cublas() -> None:
+    class Lowered:
+        def compile(self, options: dict[str, bool] | None = None) -> dict[str, bool]:
+            if options is None:
+                raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo: %dot")
+            return options
+
+    assert aot._compile(Lowered()) == {"xla_gpu_enable_triton_gemm": False}
+
+
+def test_a_library_that_is_not_there_is_named() -> None:
+    @jax.jit
+    def function() -> None:
+        raise RuntimeError("cuDNN not found.")
+
+    with pytest.raises(UserError, match=r"cuDNN's: cuDNN not found\. pip install 'qaperso\[cuda\]'"):
+        aot.compile_program(aot.Program(function, ()), mesh.make_mesh(1, 8, 1))
+
+
+NEEDS_CUDA = pytest.mark.skipif(
+    NO_CUDA, reason="needs jax-cuda13-plugin, nvidia-cuda-nvcc and nvidia-nvvm: pip install 'qaperso[cuda]'"
+)
+
+
+@NEEDS_CUDA
+def test_a_step_for_a_gpu_does_the_work_that_it_does_anywhere() -> None:
+    run = dataclasses.replace(setting(method="sft"), model=PLAIN)
+    found = compiled(run, mesh.make_mesh(1, 1, 1, aot.devices(chips.topology("h100:1"))))
+    assert found.fits and 0 < found.peak < GIB and "gemm" in found.text
+    here = compiled(run, mesh.make_mesh(1, 1, 1, jax.devices()[:1]))
+    assert found.cost.flops == here.cost.flops > 4 * kernels(run) * 16 * 48
+
+
+@NEEDS_CUDA
+@pytest.mark.slow
+def test_a_step_for_gpus_gathers_a_layer_at_a_time() -> None:
+    check_collectives(
+        compiled(setting(batch__length=47), mesh.make_mesh(1, 4, 1, aot.devices(chips.topology("h100:4"))))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_CUDNN, reason="needs jax-cuda13-plugin and nvidia-cudnn-cu13: pip install 'qaperso[cuda]'")
+def test_attention_of_a_step_for_gpus_is_cudnns_and_counts() -> None:
+    run = setting(method="sft")
+    found = compiled(run, mesh.make_mesh(1, 1, 1, aot.devices(chips.topology("h100:1"))))
+    here = compiled(run, mesh.make_mesh(1, 1, 1, jax.devices()[:1]))
+    assert "__cudnn$fmha" in found.text
+    # Of nine products of queries and keys, two forward, two again and five backward, the half counts; blocks compute eight of so
+    # short a row whole.
+    product = MODEL.layers * 2.0 * 16 * MODEL.heads * 48**2 * MODEL.head_dim
+    assert here.cost.flops - found.cost.flops == (8 - 9 / 2) * product

@@ -10,7 +10,7 @@ from qaperso.errors import UserError
 
 @pytest.mark.parametrize(
     "name, grid, devices",
-    [("v5e:4x4", (4, 4), 16), ("v5p:4x4x4", (4, 4, 4), 64), ("v6e:16x16", (16, 16), 256)],
+    [("v5e:4x4", (4, 4), 16), ("v5p:4x4x4", (4, 4, 4), 64), ("v6e:16x16", (16, 16), 256), ("h100:8", (8,), 8)],
 )
 def test_names(name: str, grid: tuple[int, ...], devices: int) -> None:
     found = chips.topology(name)
@@ -26,6 +26,8 @@ def test_names(name: str, grid: tuple[int, ...], devices: int) -> None:
         ("v5e:4x0", "expected v5e:4x4, chips along each axis"),
         ("v5p:4x4", "v5p chips come in grids of 3 axes"),
         ("v5e:32x16", "at most 256 chips"),
+        ("h100:16", "h100 chips come in grids of 1 axis and at most 8 chips"),
+        ("h100:2x8", "h100 chips come in grids of 1 axis"),
     ],
 )
 def test_names_of_nothing(name: str, said: str) -> None:
@@ -43,8 +45,17 @@ def test_names_of_nothing(name: str, said: str) -> None:
         ("v5p:4x4x4", 64, 1.0),
         ("v5p:4x4x4", 16, 2 / 3),
         ("v5p:2x4x4", 8, 2 / 3),  # the long axes first
+        ("h100:8", 8, 1.0),  # a switch: everything to anybody
+        ("h100:8", 2, 1.0),
     ],
 )
 def test_links_that_a_collective_uses(name: str, group: int, share: float) -> None:
     found = chips.topology(name)
     assert found.bandwidth(group) == pytest.approx(share * found.chip.link_bandwidth)
+
+
+def test_gpus_are_described_to_the_compiler() -> None:
+    assert chips.topology("v5e:4x4").target == {}
+    found = chips.topology("h200:4").target
+    assert found["topology"] == "1x1x4"
+    assert "device_memory_size: 151397597184 memory_bandwidth: 4800000000000 " in found["target_config"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from qaperso import hlo
-from qaperso.hlo import Array
+from qaperso.hlo import Array, Kernel
 
 # As TPU compilers write it: a loop of three gathers and products, a fused reduce-scatter, memory spaces, async pairs.
 TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(bf16[8,4]{1,0:T(8,128)(2,1)})->bf16[8,4]{1,0}}
@@ -221,6 +221,22 @@ def test_attention_and_what_moves_beside_kernels(kind: str, products: int) -> No
     assert found.hbm_bytes == attention.bytes + 2 * 192 + 64 + 192
 
 
+@pytest.mark.parametrize("target, products", [("fmhaScaleBiasSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
+@pytest.mark.parametrize("mask, share", [("CAUSAL", 0.5), ("NO_MASK", 1.0)])
+def test_attention_of_cudnn(target: str, products: int, mask: str, share: float) -> None:
+    # Two query heads read each key-value head.
+    text = """ENTRY %main (q: bf16[3,8,4,16], k: bf16[3,8,2,16]) -> bf16[3,4,8,16] {
+  %q = bf16[3,8,4,16]{3,2,1,0} parameter(0)
+  %k = bf16[3,8,2,16]{3,2,1,0} parameter(1)
+  ROOT %a = (bf16[3,4,8,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %k, %k), custom_call_target="__cudnn$TARGET", backend_config=CONFIG
+}
+"""
+    config = '{"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"dimensions": ["3", "4", "8", "8"]}, "mask_type": "MASK"'
+    config += ', "bmm1_dot_dimension_numbers": {"lhs_contracting_dimensions":["3"]}}}'
+    written = text.replace("CONFIG", config).replace("TARGET", target).replace("MASK", mask)
+    assert hlo.cost(written).flops == products * share * 2 * 3 * 4 * 8 * 8 * 16
+
+
 def test_strings_of_arrays() -> None:
     assert str(Array("f32", (3, 8))) == "f32[3,8]" and str(Array("s32", ())) == "s32[]"
     assert Array("pred", (3, 8)).bytes == 24 and Array("token", ()).bytes == 0
@@ -279,8 +295,45 @@ def test_products_of_a_batch() -> None:
     dot = "dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}"
     gemm = 'custom-call(%a, %b), custom_call_target="__cublas$gemm", backend_config={"gemm_backend_config":{'
     gemm += '"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"]}}}'
-    for written in (dot, gemm):
-        assert hlo.cost(text.replace("DOT", written)).flops == 2 * 3 * 4 * 5 * 6
+    found = hlo.Cost((Kernel(2 * 3 * 4 * 5 * 6, 4 * 3 * (4 * 5 + 5 * 6 + 4 * 6)),))
+    assert hlo.cost(text.replace("DOT", dot)) == hlo.cost(text.replace("DOT", gemm)) == found
+    # GPUs give such a product room to work in, or write it as a kernel of Triton with what stands around it.
+    room = text.replace("%d = f32[3,4,6]{2,1,0} DOT", "%d = (f32[3,4,6]{2,1,0}, s8[4194304]{0}) DOT").replace(
+        "DOT", gemm
+    )
+    assert hlo.cost(room) == found
+    body = text.replace("ENTRY %main", "%gemm").replace("DOT", dot)
+    call = "fusion(%a, %b), kind=kCustom, calls=%gemm, backend_config={}"
+    assert hlo.cost(body + text.replace("DOT", call)) == found
+
+
+def test_kernels_that_run_beside_others() -> None:
+    """As GPUs write them, their operands before what they give: slices are transfers, products are kernels like any."""
+    text = """%slice (p: f32[5,4,6], i: s32[]) -> f32[1,4,6] {
+  %p = f32[5,4,6]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %cut = f32[1,4,6]{2,1,0} dynamic-slice(%p, %i, %i, %i), dynamic_slice_sizes={1,4,6}
+}
+
+%product (l: f32[4,6], r: f32[6,3]) -> f32[4,3] {
+  %l = f32[4,6]{1,0} parameter(0)
+  %r = f32[6,3]{1,0} parameter(1)
+  ROOT %dot = f32[4,3]{1,0} dot(%l, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: f32[5,4,6], at: s32[], w: f32[6,3]) -> f32[4,3] {
+  %x = f32[5,4,6]{2,1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %w = f32[6,3]{1,0} parameter(2)
+  %fusion-start = ((f32[5,4,6]{2,1,0}, s32[]), f32[1,4,6]{2,1,0}, u32[]) fusion-start(%x, %at), kind=kLoop, calls=%slice
+  %fusion-done = f32[1,4,6]{2,1,0} fusion-done(%fusion-start)
+  %layer = f32[4,6]{1,0} bitcast(%fusion-done)
+  %fusion-start.1 = ((f32[4,6]{1,0}, f32[6,3]{1,0}), f32[4,3]{1,0}, u32[]) fusion-start(%layer, %w), kind=kCustom, calls=%product
+  ROOT %fusion-done.1 = f32[4,3]{1,0} fusion-done(%fusion-start.1)
+}
+"""
+    # The slice reads and writes 24 numbers, and reads its place.
+    assert hlo.cost(text) == hlo.Cost((Kernel(2.0 * 4 * 6 * 3, 4.0 * (24 + 18 + 12)),), 4.0 * (24 + 24 + 1))
 
 
 @settings(max_examples=50, deadline=None)

@@ -73,8 +73,11 @@ def test_replies(config: Path, tmp_path: Path) -> None:
     assert found["prefill"]["useful_flops"] > 10 * found["useful_flops"] > 0
 
 
-def test_what_does_not_fit(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(aot, "compile_program", lambda *_: aot.Compiled(False, 0.0, 0.0, 20.0 * GIB, None, ""))
+@pytest.mark.parametrize("compiles", [False, True])
+def test_what_does_not_fit(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiles: bool) -> None:
+    """Compilers for TPUs fail then, those for GPUs do not."""
+    found = aot.Compiled(compiles, 0.0, 0.0, 20.0 * GIB, Cost((Kernel(2e9, 3e8),)) if compiles else None, "")
+    monkeypatch.setattr(aot, "compile_program", lambda *_: found)
     assert run(f"{config}:wide", "--json", str(tmp_path / "plan.json"), "--config.remat=dots") == 1
     found = json.loads((tmp_path / "plan.json").read_text())
     assert not found["fits"] and found["peak_bytes"] == 20 * GIB
