@@ -7,7 +7,7 @@ A kernel takes as long as its products or its bytes, whichever is more:
 Copies and communication read and write memory while kernels run, and take what these leave of it. Links come on top: no
 communication is taken to be hidden. `chips.Chip.efficiency` is what one of MaxText's published pre-training runs on such
 chips says; `tests/test_roofline.py` fits it again and checks that other runs come out. `chips.Chip.streaming` was chosen: these
-runs hardly tell, any value from 0.5 to 0.9 does with efficiencies that are fitted to it.
+runs hardly tell, any value from 0.5 to 0.9 does with efficiencies that are fitted to it. Of GPUs both are those of one that was timed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""Predicted steps: by hand, and MaxText's published runs from an efficiency of each kind of chip fitted on one of them."""
+"""Predicted steps: by hand, MaxText's published runs from an efficiency of each kind of chip fitted on one, and steps that were timed."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from qaperso.models.config import DecoderConfig
 from qaperso.models.shapes import PUBLISHED
 from qaperso.roofline import Pretraining, Work
 
+FIXTURES = Path(__file__).parent / "fixtures"
 LLAMA2, LLAMA8, LLAMA70 = (
     PUBLISHED[name]
     for name in ("meta-llama/Llama-2-70b-hf", "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-70B-Instruct")
@@ -73,15 +76,28 @@ def test_an_efficiency_is_that_of_one_run(name: str) -> None:
     assert topology.chip.efficiency == pytest.approx(roofline.fit(done, topology, measured(FITTED[name])), abs=0.003)
 
 
+@pytest.mark.parametrize(
+    "name, off, within", [("sft", 0.0, 0.002), ("qar", -0.019, 0.002), ("sft, blocks", 0.138, 0.002)]
+)
+def test_steps_that_one_gpu_was_timed_with(name: str, off: float, within: float) -> None:
+    # The first made `streaming`; the plan knows no cache, so what reads its blocks from there comes out too slow.
+    topology = chips.topology("h100:1")
+    timed = json.loads((FIXTURES / "h100_steps.json").read_text(encoding="utf-8"))
+    assert timed["matmul"] / topology.chip.flops == pytest.approx(topology.chip.efficiency, abs=0.002)
+    kernels = tuple(Kernel(*row) for row in timed[name]["kernels"])
+    found = roofline.estimate(Work(kernels, 0.0, ()), topology, 1.0)
+    assert found.seconds / timed[name]["seconds"] - 1 == pytest.approx(off, abs=within)
+
+
 @pytest.mark.parametrize("remat", ["qkv", "full"])
-@pytest.mark.parametrize("name, within", [("Llama-3-70B", 0.016), ("Llama-2-70B", 0.042)])
-def test_gpus_until_one_is_timed(name: str, within: float, remat: str) -> None:
+@pytest.mark.parametrize("name", NGC)
+def test_gpus_of_many_hosts_reach_less_than_one(name: str, remat: str) -> None:
     model, length, count, seconds, mfu = NGC[name]
     topology = chips.topology("h100:8")
     run = Pretraining(model, topology.name, length, 2, mfu, remat)
     assert roofline.useful_flops(run) / seconds / topology.chip.flops == pytest.approx(mfu, rel=0.01)
     done = dataclasses.replace(roofline.pretraining_work(run, count), sent=())
-    assert roofline.fit(done, topology, seconds) == pytest.approx(topology.chip.efficiency, abs=within)
+    assert 0.85 < roofline.fit(done, topology, seconds) / topology.chip.efficiency < 0.95
 
 
 @pytest.mark.parametrize("bandwidth", [0.5, 0.9])
