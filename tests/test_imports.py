@@ -14,8 +14,8 @@ data.formats.script data.formats.table data.formats.whatsapp data.formats.telegr
 data.formats.discord data.formats.chitchat data.formats.lamp data.formats.longlamp data.formats.reviews data.clean
 data.runs data.duplicates data.splits data.features data.clusters data.prepared data.shards data.merge data.topics
 data.store data.history data.peers data.vectors data.text data.plan data.batches data.paper data.reviews_town
-data.load models.config models.shapes models.base models.linear models.lora models.quantized models.flash models.splash
-models.attention models.decoder models.gguf models.hf models.published models.tokenizer models.towers models.inference models.encoder
+data.load models.config models.shapes models.base models.linear models.lora models.quantized models.spread models.flash
+models.splash models.attention models.decoder models.gguf models.hf models.published models.tokenizer models.towers models.inference models.encoder
 models.embedder models.plug losses generate methods methods.base methods.sft methods.pplug methods.qar
 methods.sft_rows methods.prompts methods.dpl mesh step checkpoint metrics people portable run claim stopping batching
 reply rows writers roofline aot eval.intervals eval.overlap eval.lamp eval.compare eval.scores eval.awareness

@@ -6,10 +6,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qaperso.arrays import BATCH_AXES, divides
+from qaperso.models.spread import spread
 
 # The widest head of the kernel on Ampere, the oldest chips that it runs on.
 WIDEST = 128
@@ -46,24 +45,14 @@ def attention(
     """Causal grouped-query attention within segments, see `attention.attention`; of queries that `fits` accepts.
 
     Nothing of it has a name for rematerialisation: the kernel's sums stay inside JAX, so its forward pass runs again
-    wherever a layer's does, and gives its result with them. Under a mesh each device is given its rows and, where the axis
-    "tensor" divides the key-value heads, its heads.
+    wherever a layer's does, and gives its result with them.
 
     Args:
       q, k, v: queries, keys and values.
       query, key: segments of the tokens as they look and as they are looked at.
       implementation: of `jax.nn.dot_product_attention`; "xla" computes the same on any device, for tests.
     """
-    towers, b, s, heads, dim = q.shape
-    run = functools.partial(_rows, implementation=implementation)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        rows = BATCH_AXES if divides(mesh, BATCH_AXES, b) else None
-        split = PartitionSpec(None, rows, None, "tensor" if divides(mesh, ("tensor",), k.shape[3]) else None, None)
-        run = jax.shard_map(
-            run, in_specs=(split, split, split, *[PartitionSpec(rows, None)] * 2), out_specs=split, check_vma=False
-        )
-    return run(q, k, v, query, key).reshape(towers, b, s, heads * dim)
+    return spread(functools.partial(_rows, implementation=implementation), q, k, v, query, key)
 
 
 def _rows(q: Array, k: Array, v: Array, query: Array, key: Array, *, implementation: str) -> Float[Array, "W B S H d"]:

@@ -6,10 +6,9 @@ import functools
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from qaperso.arrays import BATCH_AXES, divides
+from qaperso.models.spread import spread
 
 # Queries and keys of a block: the largest that divides the row. The kernel's lanes ask for multiples of the smallest.
 BLOCKS = (512, 256, 128)
@@ -30,24 +29,12 @@ def attention(
 ) -> Float[Array, "W B S O"]:
     """Causal grouped-query attention within segments, see `attention.attention`; of rows that `fits` accepts.
 
-    The compiler cannot cut a kernel, so under a mesh each device is given its rows and, where the axis "tensor" divides the
-    key-value heads, its heads.
-
     Args:
       q, k, v: queries, keys and values.
       query, key: segments of the tokens as they look and as they are looked at.
       interpret: runs the kernel step by step on any device, as tests do.
     """
-    towers, b, s, heads, dim = q.shape
-    run = functools.partial(_rows, interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
-        rows = BATCH_AXES if divides(mesh, BATCH_AXES, b) else None
-        split = PartitionSpec(None, rows, None, "tensor" if divides(mesh, ("tensor",), k.shape[3]) else None, None)
-        run = jax.shard_map(
-            run, in_specs=(split, split, split, *[PartitionSpec(rows, None)] * 2), out_specs=split, check_vma=False
-        )
-    return run(q, k, v, query, key).reshape(towers, b, s, heads * dim)
+    return spread(functools.partial(_rows, interpret=interpret), q, k, v, query, key)
 
 
 def _rows(q: Array, k: Array, v: Array, query: Array, key: Array, *, interpret: bool) -> Float[Array, "W B S H d"]:
