@@ -65,12 +65,23 @@ def _items(state: TrainState) -> dict[str, Tree]:
 
 
 class Writer:
-    """Saves a run's states asynchronously; keeps the latest ones and those best on dev."""
+    """Saves a run's states asynchronously; keeps the latest ones and those best on dev.
+
+    Entered, it is closed at the end and by a UserError, which all hosts come to at the same step. Other errors leave it: they
+    may be one host's, and closing would wait for the others.
+    """
 
     def __init__(self, folder: Path, keep_latest: int, keep_best: int):
         self._manager = _open(folder, keep_latest, keep_best)
         self._folder = folder
         self._saving: int | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None or issubclass(kind, UserError):
+            self.close()
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""
@@ -110,7 +121,7 @@ class Writer:
         damaged: dict[int, Damaged] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                found = self.state_of(step, state)
+                found = state_of(self._folder, step, state)
             except Damaged as error:
                 damaged[step] = error
                 continue
@@ -124,16 +135,6 @@ class Writer:
                 "give another --workdir to start anew"
             )
         return state, 0
-
-    def state_of(self, step: int, state: TrainState) -> TrainState:
-        """One checkpoint's state, shaped and sharded like the given (abstract) one.
-
-        Raises:
-          UserError: it is of another configuration.
-          Damaged: it is not what was saved.
-        """
-        items = _read(self._folder / str(step), _items(state), f"checkpoint {step}")
-        return TrainState(trainable=items["trainable"], memory=items["memory"], **items["optimizer"])
 
     def _put_aside(self, step: int, error: Damaged, instead: int) -> None:
         place = self._folder.parent / f"damaged_{step}"
@@ -149,6 +150,17 @@ class Writer:
         """Waits for saves under way."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def state_of(folder: Path, step: int, state: TrainState) -> TrainState:
+    """One checkpoint's state, shaped and sharded like the given (abstract) one.
+
+    Raises:
+      UserError: it is of another configuration.
+      Damaged: it is not what was saved.
+    """
+    items = _read(folder / str(step), _items(state), f"checkpoint {step}")
+    return TrainState(trainable=items["trainable"], memory=items["memory"], **items["optimizer"])
 
 
 def checksums(tree: Tree) -> dict[str, str]:

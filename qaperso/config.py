@@ -14,7 +14,10 @@ from ml_collections import ConfigDict
 from qaperso.errors import UserError, nearest
 
 # Keys that may differ between a run and its resumption: they change no number that training computes.
-OPERATIONAL = ("checkpoint_every", "log_every", "keep_latest", "keep_best", "peak_flops", "mesh", "sharding", "vectors")
+OPERATIONAL = (
+    *("checkpoint_every", "log_every", "keep_latest", "keep_best", "max_skipped", "peak_flops"),
+    *("mesh", "sharding", "vectors"),
+)
 CHOICES = {
     "compat": ("", "paper"),
     "dtype": ("float32", "bfloat16"),
@@ -52,7 +55,8 @@ NOT_NEGATIVE = (
         "max_skipped",
         "qar.split_layer",
     ),
-    *("optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "generate.temperature", "peak_flops"),
+    *("optimizer.warmup", "optimizer.final", "optimizer.weight_decay", "optimizer.spike"),
+    *("generate.temperature", "peak_flops"),
 )
 SHARES = ("lora.dropout", "qar.drop_row", "pplug.dropout")
 
@@ -128,7 +132,19 @@ def default() -> ConfigDict:
         )
     )
     c.vectors = ""  # folder that keeps vectors of history from run to run; "" = made anew whenever a run is opened
-    c.optimizer = ConfigDict(dict(lr=1e-3, warmup=20, final=0.1, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.0, clip=1.0))
+    c.optimizer = ConfigDict(
+        dict(
+            lr=1e-3,
+            warmup=20,
+            final=0.1,
+            b1=0.9,
+            b2=0.95,
+            eps=1e-8,
+            weight_decay=0.0,
+            clip=1.0,
+            spike=0.0,  # medians of recent gradient norms above which an update is left out; 0 = never, else above 1
+        )
+    )
     c.generate = ConfigDict(dict(max_new_tokens=64, temperature=0.0, top_p=1.0))
     c.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1))
     # (regex on `path:axis`, mesh axis); the first match decides.
@@ -142,7 +158,7 @@ def default() -> ConfigDict:
     c.dev_dialogues = 200  # read at each validation
     c.keep_latest = 2
     c.keep_best = 1
-    c.max_skipped = 10  # updates left out for non-finite numbers before the run stops
+    c.max_skipped = 10  # updates left out (numbers not finite, or a spike) before the run stops
     c.peak_flops = 0.0  # of all devices, FLOP/s; 0 = measured by a matmul at start
     return c.lock()
 
@@ -178,6 +194,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
         raise UserError(f"config '{path}' sets a value of the wrong type: {error}") from error
     if not isinstance(config, ConfigDict) or keys(config) != keys(default()):
         raise UserError(f"config '{path}': get_config() must return what default() gives, with values changed")
+    return changed(config, overrides)
+
+
+def changed(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """The configuration with overrides like `optimizer.lr=3e-4` applied to it, in place.
+
+    Raises:
+      UserError: an unknown key, or a value of the wrong type or out of bounds.
+    """
     for text in overrides:
         key, sign, value = text.partition("=")
         if not sign:
@@ -267,6 +292,10 @@ def _check(config: ConfigDict) -> None:
         )
     if not 0 < config.generate.top_p <= 1:
         raise UserError(f"config.generate.top_p is {config.generate.top_p}, expected more than 0, at most 1")
+    if 0 < config.optimizer.spike <= 1:
+        raise UserError(
+            f"config.optimizer.spike is {config.optimizer.spike}, expected 0 or more than 1: a median is no spike"
+        )
     for name in config.data.without:
         if not isinstance(name, str) or not name:
             raise UserError(f"config.data.without holds {name!r}, expected names of queriers, as in ('ida',)")

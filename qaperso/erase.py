@@ -98,20 +98,16 @@ def rewrite(run: Run, row: int, classes: Collection[int]) -> dict[int, str]:
     folder = run.workdir
     mend(folder)
     metrics, like, others = checkpoint.steps(folder / CHECKPOINTS), abstract_state(run), {}
-    old = checkpoint.Writer(folder / CHECKPOINTS, len(metrics), 0)
     new = checkpoint.Writer(folder / PARTIAL, len(metrics), 0)
     for number, nll in sorted(metrics.items()):
-        state = old.state_of(number, like)
+        state = checkpoint.state_of(folder / CHECKPOINTS, number, like)
         others[number] = digest_of_others(state, row, classes)
         new.save(number, erase(state, row, classes), None if nll is None else {checkpoint.METRIC: nll})
     new.close()
-    again = checkpoint.Writer(folder / PARTIAL, len(metrics), 0)
     for number, before in others.items():
-        state = again.state_of(number, like)
+        state = checkpoint.state_of(folder / PARTIAL, number, like)
         if digest_of_others(state, row, classes) != before or not _is_gone(state, row):
             raise RuntimeError(f"{folder / PARTIAL}: checkpoint {number} did not come back as it was written")
-    for writer in (old, again):
-        writer.close()
     (folder / PARTIAL).rename(folder / NEW)
     (folder / CHECKPOINTS).rename(folder / OLD)
     mend(folder)

@@ -39,7 +39,7 @@ RECEIPTS = "forgotten"
 # Of the receipts below.
 LAYOUT = 1
 # Files of a run's folder that quote dialogues. `evaluate` and `judge` make them again.
-DERIVED = ("predictions*.jsonl", "across*.jsonl", "items*.npz", "report*.html", "judge_*", "bad_batch_*.npz")
+DERIVED = ("predictions*.jsonl", "across*.jsonl", "items*.npz", "report*.html", "judge_*", "bad_batch_*")
 # Larger files are not searched for the name.
 SEARCHED = 64 * 2**20
 

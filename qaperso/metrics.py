@@ -106,7 +106,7 @@ class Progress:
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Step, losses, speed, MFU, time left."""
         text = " ".join(f"{k}={v:.4f}" for k, v in values.items() if k in ("loss", "lm", "contrast", "dev_nll"))
-        if "tokens_per_second" in values:
+        if "mfu" in values:
             text += f" {values['tokens_per_second']:,.0f} tokens/s mfu={values['mfu']:.1%}"
         if not self._bar.disable:
             self._bar.update(step - self._bar.n)

@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -25,6 +25,8 @@ from qaperso.models import quantized
 
 Tree = Any
 DEAD_PARAMETER_STEPS = 20
+# Accepted updates whose gradient norms say what the next one's may be.
+SPIKE_WINDOW = 32
 # Parameters that weight decay leaves alone: norms, biases, gates and anything else that is not a matrix.
 NO_DECAY = ("norm", "bias", "alpha")
 
@@ -39,7 +41,7 @@ class TrainState:
       optimizer: its state.
       memory: state of the method that no gradient reaches.
       largest: per trainable (and layer) the largest |gradient| so far, for the dead-parameter check.
-      skipped: int32, updates left out for a non-finite loss or gradient.
+      skipped: int32, updates left out: loss or gradient not finite, or a spike.
     """
 
     step: Any
@@ -51,12 +53,42 @@ class TrainState:
 
 
 def make_optimizer(config: Any, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW (arXiv 1711.05101) behind global-norm clipping; linear warm-up, then cosine to `final` of the peak."""
+    """AdamW (arXiv 1711.05101) behind global-norm clipping; linear warm-up, then cosine to `final` of the peak.
+
+    With `spike` what `train_step` knows a spike by comes first.
+    """
     o = config.optimizer
     warmup = min(o.warmup, max(steps - 1, 0))
     schedule = optax.warmup_cosine_decay_schedule(0.0, o.lr, warmup, max(steps, warmup + 1), o.lr * o.final)
     decay = optax.adamw(schedule, b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay, mask=decayed)
-    return optax.chain(optax.clip_by_global_norm(o.clip), decay), schedule
+    first = (watch_norms(o.spike),) if o.spike else ()
+    return optax.chain(*first, optax.clip_by_global_norm(o.clip), decay), schedule
+
+
+class Norms(NamedTuple):
+    """State of `watch_norms`.
+
+    Attributes:
+      recent: float32[SPIKE_WINDOW], gradient norms of the last accepted updates, the newest last; 0 = none yet.
+      norm_limit: float32, what the next one's may be at most; 0 = whatever it is, until `recent` is full.
+    """
+
+    recent: Any
+    norm_limit: Any
+
+
+def watch_norms(factor: float) -> optax.GradientTransformation:
+    """Leaves gradients as they are, and keeps `factor` times the median of recent norms as the limit of the next (ours).
+
+    Norms are those before clipping. A median, since one large norm that was within the limit must not move it; only
+    accepted updates count, since `train_step` keeps the old state for others.
+    """
+
+    def update(gradient: Tree, state: Norms, params: Tree | None = None) -> tuple[Tree, Norms]:
+        recent = jnp.append(state.recent[1:], optax.tree.norm(gradient))
+        return gradient, Norms(recent, jnp.where(recent[0] > 0, factor * jnp.median(recent), 0.0))
+
+    return optax.GradientTransformation(lambda _: Norms(jnp.zeros(SPIKE_WINDOW), jnp.zeros(())), update)
 
 
 def decayed(trainable: Tree) -> Tree:
@@ -96,25 +128,24 @@ def _check_shape(path: tuple, x: Any) -> tuple[int, ...]:
     return x.shape[:1] if stacked else ()
 
 
-def train_step(
+def gradients(
     setting: Setting,
     method: ModuleType,
-    optimizer: optax.GradientTransformation,
     state: TrainState,
     base: Tree,
     batch: Tree,
     key: jax.Array,
     place: Tree | None = None,
-) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update from K micro-batches.
+) -> tuple[Tree, dict[str, Float[Array, ""]], Tree]:
+    """The gradient of K micro-batches.
 
     Where a method compares dialogues of different micro-batches (`joint`), gradients are cached (Gao et al., arXiv
     2101.06983): a first pass makes all representations and the gradient to them, a second one for each micro-batch takes it
     on to the parameters. It costs K forward passes without logits; with K = 1 there is one pass only.
 
     Args:
-      setting, method, optimizer: static.
-      state: donated.
+      setting, method: static.
+      state: of training; what is trained, the memory and the step are read.
       base: frozen parameters, {} when everything is trained.
       batch: a Batch with leaves [K, ...].
       key: of the run; the step's number is folded in.
@@ -122,8 +153,8 @@ def train_step(
         every device and then cuts them.
 
     Returns:
-      The new state, and float32 scalars: the losses (means), `loss`, `grad_norm`, `tokens`, `finite`. Where loss or
-      gradient norm is not finite, parameters, moments and memory stay as they were.
+      The gradient; float32 scalars: the losses (means), `loss`, and `predicted`, how many tokens were; and what the method
+      remembers of each micro-batch.
     """
     count = jax.tree.leaves(batch)[0].shape[0]
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(key, state.step), i))(jnp.arange(count))
@@ -159,21 +190,48 @@ def train_step(
         (_, known), pull = jax.value_and_grad(lambda x: weighted(joint(x, batch)), has_aux=True)(given)
     start = (jax.tree.map(jnp.zeros_like, state.trainable), known)
     (gradient, metrics), update = jax.lax.scan(accumulate, start, (batch, keys, pull))
+    return gradient, metrics | {"predicted": counts["lm"]}, update
 
-    norm = optax.tree.norm(gradient)
+
+def train_step(
+    setting: Setting,
+    method: ModuleType,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    base: Tree,
+    batch: Tree,
+    key: jax.Array,
+    place: Tree | None = None,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update from K micro-batches.
+
+    Args:
+      setting, method, base, batch, key, place: see `gradients`.
+      optimizer: static.
+      state: donated.
+
+    Returns:
+      The new state, and float32 scalars: those of `gradients`, `grad_norm`, `tokens`, `finite`, `skipped`, and `norm_limit`
+      where the optimiser watches norms. Where loss or gradient norm is not finite, or the norm above that limit, the
+      parameters, moments and memory stay as they were.
+    """
+    gradient, metrics, update = gradients(setting, method, state, base, batch, key, place)
+    norm, limit = optax.tree.norm(gradient), optax.tree.get(state.optimizer, "norm_limit")
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    good = finite if limit is None else finite & ((limit == 0) | (norm <= limit))
     updates, moments = optimizer.update(gradient, state.optimizer, state.trainable)
     new = (optax.apply_updates(state.trainable, updates), moments, method.remember(setting, state.memory, update))
     old = (state.trainable, state.optimizer, state.memory)
-    trainable, moments, memory = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    trainable, moments, memory = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     largest = jax.tree.map(
-        lambda m, g: jnp.where(finite, jnp.maximum(m, jnp.abs(g).reshape(*m.shape, -1).max(-1)), m),
+        lambda m, g: jnp.where(good, jnp.maximum(m, jnp.abs(g).reshape(*m.shape, -1).max(-1)), m),
         state.largest,
         gradient,
     )
-    skipped = state.skipped + (~finite).astype(jnp.int32)
+    skipped = state.skipped + (~good).astype(jnp.int32)
     metrics |= {"grad_norm": norm, "tokens": (batch.inputs.segment > 0).sum().astype(jnp.float32)}
-    metrics |= {"predicted": counts["lm"], "finite": finite.astype(jnp.float32), "skipped": skipped.astype(jnp.float32)}
+    metrics |= {"finite": finite.astype(jnp.float32), "skipped": skipped.astype(jnp.float32)}
+    metrics |= {} if limit is None else {"norm_limit": limit}
     return TrainState(state.step + 1, trainable, moments, memory, largest, skipped), metrics
 
 

@@ -10,13 +10,12 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -78,19 +77,20 @@ def go_on(run: Run, store: Store, examples: Sequence[Example], left_out: int, de
     describe(run, state.trainable, store, examples, left_out, start)
 
     # 2. Batches of the plan, and who listens.
-    feed, rebuild = make_feed(run, examples, start)
+    feed = make_feed(run, examples, start)
     key = jax.random.key(config.seed)
-    log = Log(run, state.trainable, start, schedule, rebuild)
+    log = Log(run, state.trainable, start, schedule)
     stop = StopSignal(run.mesh)
 
     # 3. The loop. Metrics are fetched one step late, so that dispatch never waits for them.
-    with jax.set_mesh(run.mesh), stop:
+    with jax.set_mesh(run.mesh), stop, writer:
         pending, validated, code = None, {}, 0
         if not start:
             log.write(0, validate(run, state.trainable, dev))
         for number in range(start + 1, config.steps + 1):
-            state, fresh = advance(state, run.base, put_batch(next(feed), run.mesh, 1), key)
-            pending = log.step(pending, (number, fresh))
+            batch = next(feed)
+            state, fresh = advance(state, run.base, put_batch(batch, run.mesh, 1), key)
+            pending = log.step(pending, (number, fresh, batch))
             if number == step.DEAD_PARAMETER_STEPS:
                 step.check_alive(jax.device_get(state.largest))
             last = number == config.steps
@@ -105,7 +105,6 @@ def go_on(run: Run, store: Store, examples: Sequence[Example], left_out: int, de
                 print(f"stopped by SIGTERM at step {number}; saved, run again to go on", file=sys.stderr)
                 code = STOPPED
                 break
-    writer.close()
     log.close()
     if code == 0:
         digest = step.params_hash(state.trainable)
@@ -139,8 +138,8 @@ def keep(run: Run, dev: Sequence[Example]) -> int:
     return 0
 
 
-def make_feed(run: Run, examples: Sequence[Example], start: int) -> tuple[Iterator[Batch], Any]:
-    """The run's batches from step `start` on, and a function that makes the batch of any step again."""
+def make_feed(run: Run, examples: Sequence[Example], start: int) -> Iterator[Batch]:
+    """The run's batches from step `start` on."""
     config = run.config
     accumulate = config.batch.accumulate
     plan = Plan(examples, run.shape, config.seed, config.batch.queriers, config.batch.per_querier)
@@ -151,8 +150,7 @@ def make_feed(run: Run, examples: Sequence[Example], start: int) -> tuple[Iterat
     def publish(batch: Batch) -> Batch:
         return paper.as_published(batch, run.setting.model.eos_ids[0]) if config.compat == "paper" else batch
 
-    feed = map(publish, batches.stream(plan, examples, start, config.steps, *rule))
-    return feed, lambda number: publish(batches.plan_batch(plan, examples, number, *rule))
+    return map(publish, batches.stream(plan, examples, start, config.steps, *rule))
 
 
 def validate(run: Run, trainable: Tree, dev: Sequence[Example]) -> dict[str, float]:
@@ -163,25 +161,35 @@ def validate(run: Run, trainable: Tree, dev: Sequence[Example]) -> dict[str, flo
     return {checkpoint.METRIC: float(sums.sum() / counts.sum())}
 
 
-class Log:
-    """Writes what steps report, and stops a run whose numbers have gone bad."""
+def why_left_out(values: Mapping[str, float]) -> str:
+    """Why a step's update was left out, told by what `step.train_step` reported; "" where it was not."""
+    if not values["finite"]:
+        return "not finite: " + ", ".join(name for name, value in values.items() if not math.isfinite(value))
+    norm, limit = values["grad_norm"], values.get("norm_limit", 0.0)
+    return f"a spike: grad_norm {norm:.6g} is above norm_limit {limit:.6g}" if 0 < limit < norm else ""
 
-    def __init__(self, run: Run, trainable: Tree, start: int, schedule: Any, rebuild: Any):
+
+class Log:
+    """Writes what steps report, keeps the batches of updates that were left out, and stops a run that has too many."""
+
+    def __init__(self, run: Run, trainable: Tree, start: int, schedule: Any):
         config = run.config
-        self._run, self._schedule, self._rebuild = run, schedule, rebuild
+        self._run, self._schedule = run, schedule
         self._main = jax.process_index() == 0
         peak = config.peak_flops or metrics.measure_peak(config.dtype)
         self._meter = metrics.Meter(step.step_flops(trainable, run.base), peak, config.steps)
         self._progress = metrics.Progress(start, config.steps)
         self._writer = metrics.MetricsWriter(run.workdir, start) if self._main else None
 
-    def step(self, pending: tuple[int, Tree] | None, fresh: tuple[int, Tree] | None) -> tuple[int, Tree] | None:
-        """Reports the step before; returns what is to be reported next time."""
+    def step(
+        self, pending: tuple[int, Tree, Batch] | None, fresh: tuple[int, Tree, Batch] | None
+    ) -> tuple[int, Tree, Batch] | None:
+        """Reports the step before; returns what is to be reported next time: a step, its metrics, its batch."""
         if pending is not None:
             number, values = pending[0], {k: float(v) for k, v in jax.device_get(pending[1]).items()}
             self._meter.count(values["tokens"], values["predicted"])
-            if not values["finite"]:
-                self._bad(number, values)
+            if why := why_left_out(values):
+                self._left_out(number, values, pending[2], why)
             config = self._run.config
             if number % config.log_every == 0 or number == config.steps:
                 speed = self._meter.report(number)
@@ -195,16 +203,18 @@ class Log:
             self._writer.write(number, values)
             self._progress.show(number, values)
 
-    def _bad(self, number: int, values: dict[str, float]) -> None:
-        print(f"step {number}: loss or gradient is not finite; the update was left out", file=sys.stderr)
-        if values["skipped"] > self._run.config.max_skipped:
-            path = self._run.workdir / f"bad_batch_{number}.npz"
-            if self._main:
-                np.savez(path, **arrays.flat(self._rebuild(number - 1)))
+    def _left_out(self, number: int, values: dict[str, float], batch: Batch, why: str) -> None:
+        # No more files than max_skipped + 1: a run that goes on from a checkpoint comes to the same steps again.
+        workdir, budget = self._run.workdir, self._run.config.max_skipped
+        path = workdir / f"bad_batch_{number}.npz"
+        if self._main:
+            batches.save_batch(path, batch, number, values)
+            print(f"step {number}: the update was left out ({why}); its batch is in {path}", file=sys.stderr)
+        if values["skipped"] > budget:
             raise UserError(
-                f"{int(values['skipped'])} updates had a loss or gradient that is not finite, more than "
-                f"max_skipped={self._run.config.max_skipped}; the batch of step {number} is in {path}; "
-                "lower optimizer.lr, or look at the data"
+                f"{int(values['skipped'])} updates were left out, more than max_skipped={budget}, the last at step {number} "
+                f"({why}); look into it with python -m qaperso.replay --workdir {workdir} --batch {path}, then mend the "
+                "data or lower optimizer.lr, or raise max_skipped to go on"
             )
 
     def last_loss(self, workdir: Path) -> float:

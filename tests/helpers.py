@@ -60,7 +60,9 @@ def setting(method: str = "qar", shape: DecoderConfig | None = None, **changes: 
             pplug=dict(encoder="", history=4, query=5, tokens=2, temperature=0.5, dropout=0.5, differences=False),
             vectors="",
             # A large eps: steps go with the gradient, not with its sign, which rounding decides where it is near zero.
-            optimizer=dict(lr=0.1, b1=0.9, b2=0.99, eps=0.1, weight_decay=0.1, clip=1.0, warmup=0, final=0.1),
+            optimizer=dict(
+                lr=0.1, b1=0.9, b2=0.99, eps=0.1, weight_decay=0.1, clip=1.0, warmup=0, final=0.1, spike=0.0
+            ),
         )
     )
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})

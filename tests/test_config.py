@@ -88,6 +88,8 @@ def test_override_takes_the_type_of_the_default(plain, override, key, value):
         ("model.kv_heads=0", r"config\.model\.kv_heads is 0, expected more than 0"),
         ("seed=-1", r"config\.seed is -1, expected 0 or more"),
         ("lora.dropout=1.0", r"config\.lora\.dropout is 1\.0, expected a share"),
+        ("optimizer.spike=1.0", r"config\.optimizer\.spike is 1\.0, expected 0 or more than 1"),
+        ("optimizer.spike=-3.0", r"config\.optimizer\.spike is -3\.0, expected 0 or more"),
         ("generate.top_p=0", r"config\.generate\.top_p is 0\.0, expected more than 0, at most 1"),
         ("compat=paper", r"config\.compat='paper' needs qar\.contrast='prototypes' and batch\.dialogues=1"),
     ],

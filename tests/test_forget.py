@@ -31,10 +31,7 @@ def states(folder: Path) -> dict[int, TrainState]:
     """The training state of each checkpoint."""
     opened = run.open_run(folder, enrolled=False)
     like, steps = erase.abstract_state(opened), checkpoint.steps(folder / run.CHECKPOINTS)
-    writer = checkpoint.Writer(folder / run.CHECKPOINTS, len(steps), 0)
-    found = {number: writer.state_of(number, like) for number in steps}
-    writer.close()
-    return found
+    return {number: checkpoint.state_of(folder / run.CHECKPOINTS, number, like) for number in steps}
 
 
 def likelihoods(opened: run.Run, trainable: Any, without: str) -> np.ndarray:

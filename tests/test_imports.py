@@ -22,7 +22,7 @@ reply rows writers roofline aot eval.intervals eval.overlap eval.lamp eval.compa
 eval.retrieval eval.identify eval.paired eval.canaries eval.leakage eval.residue eval.unseen eval.report eval.card
 eval.predictions eval.judge eval.plots eval.page eval.gather eval.measure server.protocol server.text server.keys
 server.meters server.roster server.engine server.service server.openapi server.page server.api annotate prepare train
-evaluate judge bench chat plan serve enrol erase forget export launch""".split()
+replay evaluate judge bench chat plan serve enrol erase forget export launch""".split()
 
 
 def imported(path: Path) -> set[str]:

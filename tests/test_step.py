@@ -207,6 +207,53 @@ def test_a_step_that_is_not_finite_changes_nothing(where: str) -> None:
         assert step.params_hash(last.trainable) != step.params_hash(kept.trainable)
 
 
+def test_a_spike_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is three medians of the last three norms; neither NaN nor the spike becomes one of them."""
+    monkeypatch.setattr(step, "SPIKE_WINDOW", 3)
+    run, method = setting("prototypes", optimizer__spike=3.0, optimizer__lr=0.0)
+    optimizer, _ = step.make_optimizer(run.config, step.DEAD_PARAMETER_STEPS)
+    advance, norms = helpers.stepper(run, method, optimizer, donate_argnums=0), []
+    state, base = begin(run, method, optimizer)
+    for batch in batches("prototypes", 3):
+        state, metrics = advance(state, base, batch, KEY)
+        assert metrics["norm_limit"] == 0 and metrics["skipped"] == 0
+        norms.append(metrics["grad_norm"])
+    good = batches("prototypes", 1)[0]
+    signs = np.where(np.arange(good.weight.size) % 2, -1000, 1000).reshape(good.weight.shape)
+    for skipped, factor in ((1, np.nan), (2, signs)):
+        kept = jax.tree.map(np.array, state)
+        state, metrics = advance(state, base, good.replace(weight=(good.weight * factor).astype(np.float32)), KEY)
+        assert metrics["norm_limit"] == np.float32(3) * np.median(norms)
+        assert metrics["skipped"] == skipped and metrics["finite"] == skipped - 1
+        for part in ("trainable", "optimizer", "memory", "largest"):
+            helpers.assert_trees_equal(getattr(state, part), getattr(kept, part))
+        assert (int(state.step), int(state.skipped)) == (3 + skipped, skipped)
+    assert metrics["grad_norm"] > metrics["norm_limit"]
+    # The next good batch is an update again.
+    state, metrics = advance(state, base, good, KEY)
+    assert metrics["skipped"] == 2 and int(state.step) == 6
+    recent = optax.tree.get(state.optimizer, "recent")
+    np.testing.assert_array_equal(recent, [*norms[1:], metrics["grad_norm"]])
+
+
+def test_norms_are_watched_only_where_that_is_asked_for() -> None:
+    params = {"w": jnp.ones(2)}
+    plain, watched = (
+        step.make_optimizer(setting("sft", optimizer__spike=spike)[0].config, 20)[0].init(params)
+        for spike in (0.0, 9.0)
+    )
+    assert optax.tree.get(plain, "norm_limit") is None and len(plain) == 2
+    assert jax.tree.structure(watched[1:]) == jax.tree.structure(plain)
+
+
+def test_watched_norms_are_whole_on_every_device() -> None:
+    run, method = setting("sft", optimizer__spike=9.0)
+    optimizer, _ = step.make_optimizer(run.config, 20)
+    trainable, _, memory = helpers.build(run, method)
+    spread = step.state_shardings(optimizer, trainable, memory, mesh.make_mesh(2, 2, 2))
+    assert {optax.tree.get(spread.optimizer, name).spec for name in step.Norms._fields} == {PartitionSpec()}
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_healthy_run_has_no_dead_parameters_and_compiles_once(name: str) -> None:
     run, method, optimizer, advance = adam(name)

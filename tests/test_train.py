@@ -50,11 +50,13 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
     words = arguments(TINY, folder, *SFT_ALL, "optimizer.lr=1e30", "max_skipped=2")
     code, out, err = call(train.main, *words)
     assert (code, out) == (2, "")
-    bad = [line for line in err.splitlines() if "is not finite; the update was left out" in line]
+    bad = [line for line in err.splitlines() if "the update was left out (not finite: " in line]
     number = int(bad[-1].split()[1].rstrip(":"))
     assert len(bad) == 3
     last = err.splitlines()[-1]
-    assert last.startswith("error: 3 updates had a loss or gradient that is not finite, more than max_skipped=2")
+    assert last.startswith(
+        f"error: 3 updates were left out, more than max_skipped=2, the last at step {number} (not finite: "
+    )
     with np.load(folder / f"bad_batch_{number}.npz") as saved:
         assert saved["inputs/tokens"].shape == (1, 4, 96) and saved["inputs/tokens"].any()
         assert saved["target"].shape == (1, 4, 64)

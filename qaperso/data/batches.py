@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 
+from qaperso import arrays
 from qaperso.data.plan import Place, Plan, Shape, fill
 from qaperso.data.store import Store
 from qaperso.data.text import Encoded
+from qaperso.errors import UserError
 from qaperso.types import RESPONDER, STRANGER, Batch, Contrast, Example, Inputs
 
 
@@ -159,3 +163,36 @@ def sequential(examples: Sequence[Example], shape: Shape) -> Iterator[tuple[Batc
     for places in fill(units, [len(e) for e in examples], targets, shape):
         rows = [[p.example for p in row] for row in places]
         yield make_batch([[examples[i] for i in row] for row in rows], shape), rows
+
+
+def save_batch(path: Path, batch: Batch, step: int, found: Mapping[str, float]) -> None:
+    """Writes a batch to an .npz file, whole or not at all.
+
+    Args:
+      path: of the file.
+      batch: numpy leaves, which are kept by their names.
+      step: whose batch it is, 1 for the first.
+      found: what the step reported, kept as `found/NAME`.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays.flat(batch), **{f"found/{name}": x for name, x in found.items()}, step=step)
+    partial.replace(path)
+
+
+def load_batch(path: Path) -> tuple[dict[str, np.ndarray], int, dict[str, float]]:
+    """The leaves by name, the step and what it reported, as `save_batch` got them.
+
+    Raises:
+      UserError: there is no such file, or it is broken.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            held = {name: file[name] for name in file.files}
+        step = int(held.pop("step"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there; training names the file when it leaves an update out") from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is broken or holds no batch ({error}); train again to have it written anew") from error
+    found = {name.removeprefix("found/"): float(held.pop(name)) for name in list(held) if name.startswith("found/")}
+    return held, step, found
