@@ -45,13 +45,14 @@ from rich.table import Table
 from train import config_of, step_work
 
 from qaperso import arrays, methods, step
+from qaperso.chips import CHIPS
 from qaperso.data.plan import Shape
 from qaperso.models import decoder, flash, linear
 from qaperso.models.shapes import PUBLISHED
 
 Row = dict[str, Any]
 GB, TERA = 1e9, 1e12
-DATA_SHEET = 989e12  # FLOP/s of an H100 SXM, dense bfloat16
+DATA_SHEET = CHIPS["h100"].flops
 PARTS = ("attention", "train", "generate")
 MODELS = {"Llama-3.1-8B": PUBLISHED["meta-llama/Llama-3.1-8B-Instruct"], "SmolLM2-135M": ours.SMOLLM2}
 # Rows and lengths, ascending: the most that a process ever used is then what its last program used.

@@ -1,4 +1,4 @@
-"""Kernels of causal attention within segments on GPUs, for `gpu.py`: `qaperso.models`', and others that JAX has."""
+"""Attention within segments on GPUs, by cuDNN's kernel and in blocks, for `gpu.py`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from common import attempt, spread
-from jax.experimental.pallas.ops.gpu import attention as pallas
 from ours import timed
 
 from qaperso.models import attention, flash
 from qaperso.models.attention import Segments
 
-KERNELS = ("cudnn", "cudnn packed", "pallas", "pallas 64", "blocks")
+KERNELS = ("cudnn", "blocks")
 # Rows, length, heads, key-value heads, width of a head.
 SHAPES = ((16, 256, 9, 3, 64), (8, 2048, 32, 8, 128), (2, 8192, 32, 8, 128))
 # Where the dialogues of a row end, as shares of it; padding follows.
@@ -27,23 +26,9 @@ ENDS = (0.15, 0.4, 0.55, 0.95)
 
 def attend(name: str, seen: Segments, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """A kernel's causal attention: q [B, S, H, d], k and v [B, S, K, d] give [B, S, H, d]."""
-    scale = q.shape[-1] ** -0.5
     if name == "blocks":
         return attention.by_blocks(q[None], k[None], v[None], seen)[0].reshape(q.shape)
-    if name in ("cudnn", "xla"):
-        return flash.attention(q[None], k[None], v[None], *seen, implementation=name)[0].reshape(q.shape)
-    if name == "cudnn packed":
-        # Not public in JAX. Dialogues lie one behind the other, padding belongs to none.
-        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
-
-        own = seen.query[:, None] == jnp.arange(1, len(ENDS) + 1)[:, None]
-        sizes = own.sum(-1, dtype=jnp.int32)
-        starts = jnp.pad(jnp.cumsum(sizes, 1, jnp.int32), ((0, 0), (1, 0)))
-        places = dict(q_seqlen=sizes, kv_seqlen=sizes, q_offsets=starts, kv_offsets=starts)
-        return dot_product_attention(q, k, v, scale=scale, mask_type=MaskType.PADDING_CAUSAL, **places)
-    blocks = pallas.BlockSizes.get_default() if name == "pallas" else pallas.BlockSizes(*[64] * 6)
-    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], 2) for x in (k, v))
-    return pallas.mha(q, k, v, seen.query, scale, True, blocks)
+    return flash.attention(q[None], k[None], v[None], *seen, implementation=name)[0].reshape(q.shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)
