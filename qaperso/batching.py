@@ -25,6 +25,7 @@ from qaperso.arrays import BATCH_AXES
 from qaperso.data import paper
 from qaperso.data.text import Encoded
 from qaperso.generate import Request, Sampling, Slots
+from qaperso.mesh import host_copy
 from qaperso.methods import Setting
 from qaperso.models import inference
 from qaperso.run import Run
@@ -196,7 +197,7 @@ class Batcher:
                 return []
             config = model.run.setting.model
             self._slots, out = generate.advance(model.weights, self._slots, np.int32(tokens), config=config)
-            drawn, active = jax.device_get((out, self._slots.active))
+            drawn, active = host_copy(out)
         result = []
         for which, job in list(self._running.items()):
             new = drawn[which][drawn[which] >= 0].tolist()

@@ -168,11 +168,17 @@ def checksums(tree: Tree) -> dict[str, str]:
 
     So what one mesh saved can be checked on any other. Leaves have elements of at most four bytes.
     """
-    found = {name: _checksum(x) for name, x in arrays.flat(tree).items()}
-    return {name: "".join(f"{int(part):08x}" for part in x) for name, x in host_copy(found).items()}
+    found = host_copy(_checksums(dict(arrays.flat(tree))))
+    return {name: "".join(f"{int(part):08x}" for part in x) for name, x in found.items()}
 
 
 @jax.jit
+def _checksums(leaves: dict[str, Array]) -> dict[str, Array]:
+    """All of them in one program. One for each leaf would have many under way at a time, each with sums over all devices,
+    in which XLA's CPU back end hangs where several processes have several devices each."""
+    return {name: _checksum(x) for name, x in leaves.items()}
+
+
 def _checksum(x: Array) -> UInt32[Array, " 2"]:
     """Two sums modulo 2**32 over mixed elements; integer sums do not depend on their order (ours)."""
     if x.dtype == bool:

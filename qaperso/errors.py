@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from typing import NoReturn
 
 # What a scheduler may start again is every exit code but 0 and this one.
 USER_ERROR = 2
@@ -47,25 +46,26 @@ def command(main: Callable[..., int | None]) -> Callable[..., int]:
             return main(*args, **kwargs) or 0
         except UserError as error:
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            if _among_others():
-                _end(USER_ERROR)
-            return USER_ERROR
+            return leave(USER_ERROR)
         except Exception:
             if not _among_others():
                 raise
             traceback.print_exc()
-            _end(1)
+            return leave(1)
 
     return run
+
+
+def leave(code: int) -> int:
+    """An exit code for the end of a command; one of several JAX processes ends here."""
+    if _among_others():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _among_others() -> bool:
     """Whether this process has joined others; commands without JAX have not."""
     jax = sys.modules.get("jax")
     return jax is not None and jax.distributed.is_initialized()
-
-
-def _end(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

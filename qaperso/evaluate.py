@@ -3,7 +3,8 @@
 Scores runs by the checkpoint that was best on dev. Prints one table, a column a run, and a second one of paired differences
 to the runs of --against. Every run gets predictions.jsonl, its replies, by which an evaluation that was stopped goes on;
 those of --workdir get eval.json, report.html and items.npz, the scores of single dialogues. For another split than test
-the files are called NAME_SPLIT. Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM; run again to go on.
+the files are called NAME_SPLIT. Several processes (`python -m qaperso.launch`) score a run together, spread as it was trained.
+Exit codes: 0 done, 2 bad input, 143 stopped by SIGTERM; run again to go on.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from qaperso import checkpoint, portable, stopping, writers
 from qaperso import config as configs
 from qaperso.data import load
 from qaperso.data.splits import SPLITS
 from qaperso.data.store import Registry, Store, without
-from qaperso.errors import STOPPED, UserError, command
+from qaperso.errors import STOPPED, UserError, command, leave
 from qaperso.eval import compare, gather, measure, overlap, page, predictions, report, unseen
 from qaperso.eval.measure import Measured, Wanted
 from qaperso.eval.page import Report
@@ -69,7 +72,7 @@ def evaluate(folder: Path, name: str, store: Store, split: str, wanted: Wanted, 
     writers.ready(run, trainable)
     found = measure.measure(run, trainable, store, split, step, wanted, predictions.file_of(folder, split))
     for note in found.notes:
-        print(f"{folder}: {note}", file=sys.stderr)
+        say(f"{folder}: {note}")
     shown = None
     if paged:
         shown = gather.report(run, trainable, store, split, step, found.items, found.records, found.embedded)
@@ -80,6 +83,12 @@ def evaluate(folder: Path, name: str, store: Store, split: str, wanted: Wanted, 
             shown = dataclasses.replace(shown, across=gather.across(store, split, records))
         shown = dataclasses.replace(shown, notes=found.notes, unseen=unseen.gains(found.metrics))
     return Scored(f"{name} @{step}", folder, step, found, report.jsonable(found.metrics), shown)
+
+
+def say(text: str) -> None:
+    """Tells the user, once, however many processes there are."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
 
 
 def store_reader() -> Callable[[Path], Store]:
@@ -126,10 +135,9 @@ def differences(ours: Scored, theirs: Sequence[Scored]) -> dict[str, Metrics]:
     result = {}
     for other in theirs:
         if ours.found.items.vocabulary != other.found.items.vocabulary:
-            print(
+            say(
                 f"{ours.folder} and {other.folder} have different tokenisers: what is counted in nats per token is not "
-                "compared",
-                file=sys.stderr,
+                "compared"
             )
         gaps = compare.paired(ours.found.items, other.found.items)
         written = {record["id"]: record["reply"] for record in other.found.records}
@@ -181,7 +189,7 @@ def score(known: argparse.Namespace, folders: Sequence[Path], against: Sequence[
 
     wanted = Wanted(known.replies, known.awareness, known.paired, known.unseen, known.leakage)
     theirs = [evaluate(f, names[f], read(f), known.split, wanted, paged=False) for f in against]
-    ours, found = [], {}
+    ours, found, first = [], {}, jax.process_index() == 0
     suffix = "" if known.split == "test" else f"_{known.split}"
     for folder in folders:
         run = evaluate(folder, names[folder], read(folder), known.split, wanted, paged=True)
@@ -190,13 +198,16 @@ def score(known: argparse.Namespace, folders: Sequence[Path], against: Sequence[
         config = read_record(folder)["config"]
         content = {"metrics": run.metrics, "config": config, "step": run.step, "split": known.split}
         content |= {"against": found[run.name]} if theirs else {}
-        checkpoint.write_json(folder / f"eval{suffix}.json", content)
+        if first:
+            checkpoint.write_json(folder / f"eval{suffix}.json", content)
+    if not first:
+        return 0
     for run in ours:
         columns = {s.name: s.metrics for s in (run, *(s for s in (*ours, *theirs) if s is not run))}
         compared = {f"{run.name} \u2212 {name}": values for name, values in found[run.name].items()}
         target = Path(known.report) if known.report else run.folder / f"report{suffix}.html"
         page.write(dataclasses.replace(run.report, metrics=columns, against=compared), target)
-        print(f"page of {run.name}: {target}", file=sys.stderr)
+        say(f"page of {run.name}: {target}")
         compare.save(run.folder / f"items{suffix}.npz", run.found.items)
 
     report.show(f"{known.split} split, 95% intervals", {s.name: s.metrics for s in (*ours, *theirs)})
@@ -230,8 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with stopping.at_once():
             return score(known, folders, against)
     except stopping.Stopped:
-        print("stopped by SIGTERM; replies written so far are kept, run again to go on", file=sys.stderr)
-        return STOPPED
+        say("stopped by SIGTERM; replies written so far are kept, run again to go on")
+        return leave(STOPPED)
 
 
 if __name__ == "__main__":

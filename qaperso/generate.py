@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from qaperso.arrays import BATCH_AXES
 from qaperso.data.batches import columns_of
@@ -179,6 +179,11 @@ def _spread(slots: Slots) -> Slots:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, cached if x.ndim == 5 else other), slots)
 
 
+def _everywhere(x: Array) -> Array:
+    """The same array, whole on each device of the mesh in force."""
+    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.with_sharding_constraint(x, PartitionSpec())
+
+
 @functools.partial(jax.jit, static_argnames=("config", "count", "length", "rows"))
 def empty_slots(weights: Tree, *, config: DecoderConfig, count: int, length: int, rows: bool) -> Slots:
     """`count` free slots of `length` places; `rows` where queriers have rows."""
@@ -268,7 +273,7 @@ def release(slots: Slots, which: Int[Any, ""]) -> Slots:
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames="slots")
 def advance(
     weights: Tree, slots: Slots, tokens: Int[Any, ""], *, config: DecoderConfig
-) -> tuple[Slots, Int[Array, "B STRIDE"]]:
+) -> tuple[Slots, tuple[Int[Array, "B STRIDE"], Bool[Array, " B"]]]:
     """Draws up to `tokens` (at most STRIDE) for every active slot; ends early when one of them has its last.
 
     Args:
@@ -278,7 +283,8 @@ def advance(
       config: of the decoder; a reply ends at any of its eos_ids.
 
     Returns:
-      The slots, and the tokens drawn in order, end-of-turn included; -1 where there is none.
+      The slots; and for the hosts, each of which has all of it: the tokens drawn in order, end-of-turn included, -1 where
+      there is none, and who is still active.
     """
     eos = jnp.asarray(config.eos_ids or (-1,), jnp.int32)
     before = slots.active
@@ -308,4 +314,4 @@ def advance(
         return before.any() & (s.active == before).all() & (step < tokens)
 
     slots, out, _ = jax.lax.while_loop(going, body, (slots, out, jnp.int32(0)))
-    return slots, out
+    return slots, (_everywhere(out), _everywhere(slots.active))

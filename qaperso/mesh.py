@@ -44,6 +44,25 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def mesh_over(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a configuration over whatever devices there are now, all of them or those given.
+
+    Where its sizes do not make them, parameters stay spread as they were: as much of `tensor` as divides the number, the rest
+    to `fsdp` where the configuration spreads over it, else to `data`.
+
+    Args:
+      sizes: config.mesh.
+      devices: to lay out.
+    """
+    devices = jax.devices() if devices is None else devices
+    try:
+        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
+    except UserError:
+        tensor = math.gcd(max(sizes.tensor, 1), len(devices))
+        rest = len(devices) // tensor
+        return make_mesh(1, rest, tensor, devices) if sizes.fsdp != 1 else make_mesh(rest, 1, tensor, devices)
+
+
 def batch_sharding(mesh: Mesh, axis: int, size: int) -> NamedSharding:
     """Dimension `axis` of that size spread over data x fsdp; small arrays that do not divide are whole everywhere."""
     if size % math.prod(mesh.shape[a] for a in BATCH_AXES):
@@ -76,6 +95,15 @@ def host_copy(tree: Tree) -> Tree:
         return np.asarray(x)
 
     return jax.tree.map(leaf, tree)
+
+
+def told(data: bytes) -> bytes:
+    """What the first process says, on all of them, which must ask together: files may be read at different moments."""
+    if jax.process_count() == 1:
+        return data
+    size = multihost_utils.broadcast_one_to_all(np.asarray(len(data), np.int32))
+    mine = np.frombuffer(data, np.uint8) if jax.process_index() == 0 else np.zeros(int(size), np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes()
 
 
 def start_runtime() -> None:

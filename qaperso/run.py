@@ -36,7 +36,7 @@ from qaperso.data.text import (
     turn_size,
 )
 from qaperso.errors import UserError
-from qaperso.mesh import make_mesh
+from qaperso.mesh import make_mesh, mesh_over
 from qaperso.methods import Setting
 from qaperso.methods.base import Reader, open_reader
 from qaperso.models import base as bases
@@ -214,7 +214,7 @@ def open_run(workdir: Path, enrolled: bool = True) -> Run:
     config = configs.from_json(record["config"])
     model = _model_from_json(record["model"])
     location = portable.base_of(workdir, record)
-    mesh = make_mesh(-1, 1, 1)
+    mesh = mesh_over(config.mesh)
     tokenizer = tokenizers.load_tokenizer(Location("workdir", workdir))
     classes = {k: jax.device_get(jnp.asarray(v, jnp.int32)) for k, v in record["classes"].items()}
     later = people.read(workdir) if enrolled else ()

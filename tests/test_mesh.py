@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
+from ml_collections import ConfigDict
 
 from qaperso import mesh
 from qaperso.errors import UserError
@@ -58,6 +59,31 @@ def test_host_copy_gives_back_what_was_placed() -> None:
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(back))
     for name in whole:
         np.testing.assert_array_equal(back[name], whole[name])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "count", "found"),
+    [
+        ((-1, 1, 1), 8, (8, 1, 1)),
+        ((1, -1, 1), 8, (1, 8, 1)),
+        ((2, 2, 2), 8, (2, 2, 2)),
+        ((1, 8, 1), 2, (1, 2, 1)),
+        ((8, 1, 1), 2, (2, 1, 1)),
+        ((2, 4, 4), 2, (1, 1, 2)),
+        ((1, 4, 3), 8, (1, 8, 1)),
+        ((3, 1, -1), 8, (8, 1, 1)),
+        ((1, -1, 8), 1, (1, 1, 1)),
+    ],
+)
+def test_a_mesh_of_the_devices_there_are(wanted: tuple, count: int, found: tuple) -> None:
+    """Whoever opens a run has other devices than training had: what was spread stays spread."""
+    sizes = ConfigDict(dict(zip(mesh.AXES, wanted, strict=True)))
+    made = mesh.mesh_over(sizes, jax.devices()[:count])
+    assert tuple(made.shape.values()) == found
+
+
+def test_one_process_tells_itself() -> None:
+    assert mesh.told(b"x\n") == b"x\n" and mesh.told(b"") == b""
 
 
 def joined(monkeypatch: pytest.MonkeyPatch, **variables: str) -> list[dict]:

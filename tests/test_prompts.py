@@ -70,7 +70,7 @@ STORE = store_of(
 ASKED = STORE.dialogues[5]
 
 
-def test_bm25_by_hand() -> None:
+def test_bm25_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     """Three texts of 4, 4 and 3 words; "bread" is in two of them, "please" in none."""
     idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
     norm = 1.5 * (0.25 + 0.75 * 4 / (11 / 3))
@@ -81,6 +81,7 @@ def test_bm25_by_hand() -> None:
     for query in ("", "?!", "please"):
         np.testing.assert_array_equal(prompts.bm25(texts, query), [0, 0, 0])
     np.testing.assert_array_equal(prompts.bm25(("", "..."), "bread"), [0, 0])
+    assert not caplog.records  # a line for each index would go to the user
 
 
 def test_retrieved_examples_by_hand() -> None:

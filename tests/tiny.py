@@ -79,7 +79,8 @@ _load_store = load.load_store
 def patched() -> Iterator[None]:
     """Runs use one device, and read equal data once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "make_mesh", lambda *_: one_mesh())
+        for name in ("make_mesh", "mesh_over"):
+            patch.setattr(run, name, lambda *_: one_mesh())
         patch.setattr(load, "load_store", lambda data: _store(data.to_json_best_effort()))
         yield
 

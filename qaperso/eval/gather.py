@@ -25,6 +25,7 @@ from qaperso.eval.page import Across, Failure, Report
 from qaperso.eval.plots import Map
 from qaperso.eval.predictions import Record
 from qaperso.eval.retrieval import Embedded
+from qaperso.mesh import host_copy
 from qaperso.models import quantized
 from qaperso.run import Run
 
@@ -143,7 +144,7 @@ def querier_places(run: Run, trainable: Tree) -> dict[str, list[float]]:
     Raises:
       UserError: the method has no rows.
     """
-    table, trained = np.asarray(people.table_of(trainable)), Registry.from_json(run.record["registry"])
+    table, trained = host_copy(people.table_of(trainable)), Registry.from_json(run.record["registry"])
     plane = people.Plane(table[: 1 + len(trained.queriers)])
     names = (STRANGER_NAME, *run.registry.known)
     return {name: plane.place(table[run.registry.row(name)]) for name in names}

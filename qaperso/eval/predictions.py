@@ -2,18 +2,20 @@
 
 The file has one JSON object a line, see `FIELDS`. Replies are appended as each batch of them is finished; once all are
 there, the lines are put into the data's order. A reply is what it would be alone, so a file that was resumed is the file of
-an uninterrupted evaluation, byte for byte.
+an uninterrupted evaluation, byte for byte. Of several processes that evaluate together the first has the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -23,6 +25,7 @@ from qaperso.data.store import Store
 from qaperso.data.text import Encoded
 from qaperso.errors import UserError
 from qaperso.generate import Sampling
+from qaperso.mesh import told
 from qaperso.run import Run
 
 Record = dict[str, Any]
@@ -98,17 +101,19 @@ def collect(
     prompts = {int(i): reply.make_prompt(run, store.dialogues[i]) for i in indices}
     asked = {i: _record(run, store, i, split, step, prompt) for i, prompt in prompts.items()}
     order = {store.dialogues[i].id: n for n, i in enumerate(store.split(split).tolist())}
-    raw = path.read_bytes() if path.exists() else b""
+    raw = told(path.read_bytes() if jax.process_index() == 0 and path.exists() else b"")
     kept = _still_true(_parse(raw, path), asked.values(), order, _sampling(run), split, step)
     records = {r["id"]: r for r in sorted(kept, key=lambda r: order[r["id"]])}
-    _replace(path, raw, records.values())
+    _replace(path, records.values())
 
     left = [i for i, record in asked.items() if record["id"] not in records]
     # Short ones first: the cache is as long as the longest under way needs.
     left.sort(key=lambda i: len(prompts[i].tokens))
     if left:
         ready = model()
-        with path.open("ab") as file, tqdm(total=len(left), unit="reply", dynamic_ncols=True, disable=None) as bar:
+        # The others write the same replies to nowhere.
+        sink = path if jax.process_index() == 0 else Path(os.devnull)
+        with sink.open("ab") as file, tqdm(total=len(left), unit="reply", dynamic_ncols=True, disable=None) as bar:
             for start in range(0, len(left), CHUNK):
                 part = left[start : start + CHUNK]
                 dialogues, rows = [store.dialogues[i] for i in part], store.row[part].tolist()
@@ -119,7 +124,7 @@ def collect(
                 file.write(_lines(fresh))
                 file.flush()
                 bar.update(len(part))
-        _replace(path, path.read_bytes(), sorted(records.values(), key=lambda r: order[r["id"]]))
+        _replace(path, sorted(records.values(), key=lambda r: order[r["id"]]))
     return [records[record["id"]] for record in asked.values()]
 
 
@@ -202,10 +207,10 @@ def _lines(records: Iterable[Record]) -> bytes:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
 
 
-def _replace(path: Path, old: bytes, records: Iterable[Record]) -> None:
-    """Writes the file anew, whole or not at all, where its content is to change."""
+def _replace(path: Path, records: Iterable[Record]) -> None:
+    """Writes the file anew, whole or not at all, where its content is to change; the first process does."""
     new = _lines(records)
-    if new != old:
+    if jax.process_index() == 0 and new != (path.read_bytes() if path.exists() else b""):
         partial = path.with_name(path.name + ".partial")
         partial.write_bytes(new)
         partial.replace(path)

@@ -24,7 +24,7 @@ from qaperso.data.batches import sequential
 from qaperso.data.store import Store
 from qaperso.eval.awareness import encoder
 from qaperso.eval.intervals import LEVEL, macro
-from qaperso.mesh import put_batch
+from qaperso.mesh import host_copy, put_batch
 from qaperso.methods import Setting, base
 from qaperso.run import Run
 from qaperso.types import STRANGER, Batch
@@ -211,7 +211,7 @@ def embed(run: Run, trainable: Tree, store: Store, indices: np.ndarray, names: s
             found = batch_embeddings(run.setting, run.method, trainable, run.base, put_batch(batch, run.mesh, 0))
             if found is None:
                 return None
-            pooled, number = map(np.asarray, found)
+            pooled, number = host_copy(found)
             for r, row in enumerate(rows):
                 vectors[row], counts[row] = pooled[r, : len(row)], number[r, : len(row)]
     index, member = np.unique(np.array([e.index for e in examples], np.int64), return_inverse=True)

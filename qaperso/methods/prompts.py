@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import logging
 import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -183,6 +184,7 @@ def _bm25_index(texts: tuple[str, ...]) -> Any:
     # Its import runs JAX, which must not happen before the runtime of several hosts is started.
     import bm25s
 
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each index that it builds
     split = [words(text) for text in texts]
     if not any(split):
         return None
