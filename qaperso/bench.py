@@ -233,7 +233,7 @@ def compare(suite: Suite, found: Mapping[tuple[str, int], Items]) -> dict[str, d
 
     Returns:
       {method: {"value": {metric: ...}, "difference": {baseline: {metric: ...}}}}. A value is the mean over seeds; intervals
-      resample seeds and groups of dialogues (`intervals.macro`), so with one seed they say nothing about other seeds.
+      are for other seeds and other groups of dialogues (`intervals.crossed`), with one seed for other groups alone.
     """
     result: dict[str, dict[str, Any]] = {}
     for method in suite.methods:
@@ -258,7 +258,7 @@ def compare(suite: Suite, found: Mapping[tuple[str, int], Items]) -> dict[str, d
 def _over_seeds(parts: Sequence[tuple[int, Sequence[str], np.ndarray, np.ndarray]]) -> Metric:
     seeds = [str(seed) for seed, groups, _, _ in parts for _ in groups]
     groups = [g for _, groups, _, _ in parts for g in groups]
-    return intervals.macro(np.concatenate([p[2] for p in parts]), np.concatenate([p[3] for p in parts]), seeds, groups)
+    return intervals.crossed(*(np.concatenate([p[i] for p in parts]) for i in (2, 3)), seeds, groups)
 
 
 def markdown(suite: Suite, compared: Mapping[str, Mapping[str, Any]]) -> str:
@@ -276,7 +276,8 @@ def markdown(suite: Suite, compared: Mapping[str, Mapping[str, Any]]) -> str:
         lines += [row(f"less {base}", gaps, True) for base, gaps in parts["difference"].items()]
     lines += [
         "",
-        "Differences are over the same seeds and dialogues; 95% intervals over seeds and groups of dialogues.",
+        "Differences are over the same seeds and dialogues; 95% intervals for other seeds and groups of dialogues "
+        "(variance of two crossed effects, Student's t); of one seed, for other groups alone.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from scipy import stats
 
 from qaperso.eval import intervals
 
@@ -270,3 +271,62 @@ def test_paired_macro_intervals_hold_the_truth_for_other_queriers_too() -> None:
     # Twelve queriers are few for a percentile interval, and the pigeonhole bootstrap is a little wide.
     assert 0.8 <= np.mean(held) <= 0.99
     assert np.mean(plain) < np.mean(held) - 0.1
+
+
+def grid(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+    """Arguments of `crossed` for a value of each (seed, group)."""
+    s, g = values.shape
+    return (
+        values.ravel(),
+        np.ones(s * g),
+        [*map(str, np.repeat(np.arange(s), g))],
+        [*map(str, np.tile(np.arange(g), s))],
+    )
+
+
+def test_crossed_by_hand() -> None:
+    # Means of seeds 2 and 5, so 4.5 / 2; of groups 2, 4 and 4.5, so 1.75 / 3; what is left is -1, 0 and 1 and the same
+    # negated, 4 in all over 2 degrees of freedom, so 2 / 6 is counted twice.
+    values = np.array([[-0.5, 2.5, 4.0], [4.5, 5.5, 5.0]])
+    terms = np.array([4.5 / 2, 1.75 / 3, -2 / 6])
+    freedom = 2.5**2 / (terms**2 / [1, 2, 2]).sum()
+    half = stats.t.ppf(0.975, freedom) * 2.5**0.5
+    found = intervals.crossed(*grid(values))
+    assert terms.sum() == pytest.approx(2.5) and found["n"] == 2 and found["value"] == 3.5
+    assert [found["low"], found["high"]] == pytest.approx([3.5 - half, 3.5 + half])
+
+
+def test_crossed_where_one_effect_rules() -> None:
+    seeds, groups = np.array([-1.0, 0.0, 2.0]), np.random.default_rng(0).normal(size=40)
+    only = intervals.crossed(*grid(seeds[:, None] + np.zeros(40)))
+    half = stats.t.ppf(0.975, 2) * seeds.std(ddof=1) / 3**0.5
+    assert [only["low"], only["high"]] == pytest.approx([1 / 3 - half, 1 / 3 + half])
+    # Seeds that agree on every group are as good as one.
+    only = intervals.crossed(*grid(np.zeros((3, 1)) + groups))
+    half = stats.t.ppf(0.975, 39) * groups.std(ddof=1) / 40**0.5
+    assert [only["low"], only["high"]] == pytest.approx([groups.mean() - half, groups.mean() + half])
+    # Larger groups count for more, and items of nothing for nothing.
+    sums, counts = np.array([2.0, 3.0, 0.0, 4.0, 5.0, 0.0]), np.array([1.0, 3.0, 0.0, 1.0, 3.0, 0.0])
+    found = intervals.crossed(sums, counts, list("aaabbb"), list("xyzxyz"))
+    assert found["value"] == pytest.approx((5 / 4 + 9 / 4) / 2) and found["low"] < found["value"] < found["high"]
+
+
+def test_crossed_without_anything_to_compare() -> None:
+    one = intervals.crossed(*grid(np.array([[1.0, 2.0, 4.0]])))
+    assert one == intervals.bootstrap(np.array([1.0, 2.0, 4.0]), np.ones(3), list("012")) | {"n": 1}
+    same = intervals.crossed(*grid(np.full((3, 4), 0.5)))
+    assert same == {"value": 0.5, "low": 0.5, "high": 0.5, "n": 3}
+    assert np.isnan(intervals.crossed(np.zeros(2), np.zeros(2), ["a", "b"], ["x", "x"])["value"])
+
+
+@pytest.mark.parametrize("spread", [(1, 0.5, 0.5), (0.05, 2, 1), (0.1, 1, 4), (0.3, 3, 3)])
+def test_crossed_covers(spread: tuple[float, float, float]) -> None:
+    """Three seeds and sixty groups: 90% where seeds alone differ, else 95% and more, within what 300 trials can tell."""
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        seed, group, rest = (
+            rng.normal(size=size) * x for size, x in zip(((3, 1), (1, 60), (3, 60)), spread, strict=True)
+        )
+        found = intervals.crossed(*grid(seed + group + rest))
+        hits += found["low"] <= 0 <= found["high"]
+    assert 0.88 <= hits / 300 <= 0.995

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ TRAINING = (*QAR, "lora.dropout=0.0")
 WANTED = ("--replies", "96", "--paired", "2")
 # At its sharpest compared with what float32 sums in another order may change.
 CLOSE = 1e-5
+# Seconds after which a command is taken to hang; on an idle machine it ends in thirty.
+HANGS = 400.0
 
 
 def start(processes: int, devices: int, *words: str) -> subprocess.Popen:
@@ -38,11 +41,11 @@ def start(processes: int, devices: int, *words: str) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen, code: int = 0) -> str:
-    """What it wrote to stdout; a hang is an error."""
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
+    """What it wrote to stdout; a hang is an error, and what hangs is ended with its launcher."""
+    watch = threading.Timer(HANGS, process.terminate)
+    watch.start()
+    out, err = process.communicate()
+    watch.cancel()
     assert process.returncode == code, err[-3000:]
     return out
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_array, csr_array
-from scipy.stats import norm
+from scipy.stats import norm, t
 
 LEVEL = 0.95
 # Resamples that are worked out at a time; bounds memory.
@@ -120,6 +120,48 @@ def macro(
     """
     value, drawn, held = _macro_values(sums, counts, queriers, groups, seed, draws)
     return _metric(value, drawn, held, level)
+
+
+def crossed(
+    sums: np.ndarray, counts: np.ndarray, seeds: Sequence[str], groups: Sequence[str], level: float = LEVEL
+) -> dict[str, float]:
+    """The mean over seeds of sum(sums) / sum(counts), with an interval for other seeds and other groups.
+
+    Every seed scores the same dialogues, so seeds and groups are crossed. Few seeds cannot be resampled: a percentile
+    interval of three covers less than 80%, this one 90% and more (tested). The variance is that of two crossed random effects, s2_seed / S + s2_group / G -
+    s2_rest / (S G), of means by seed, means by group and what is left (Searle, Casella and McCulloch, Variance Components, 1992,
+    ch. 4), groups by their part in each seed's ratio; Student's t has the degrees of freedom of Satterthwaite (1946).
+
+    Args:
+      sums, counts: numerators and denominators, float[n].
+      seeds, groups: of each item, n names.
+      level: of the interval.
+
+    Returns:
+      {"value", "low", "high", "n"}; n counts seeds with anything counted. Of one seed it is `bootstrap`'s interval over groups.
+    """
+    (runs, who), (scenes, where) = (np.unique(np.asarray(x, str), return_inverse=True) for x in (seeds, groups))
+    table = np.zeros((2, len(runs), len(scenes)))
+    np.add.at(table, (slice(None), who, where), np.stack([sums, counts]))
+    table = table[:, table[1].sum(1) > 0]
+    total, number = table[:, :, table[1].any(0)]
+    s, g = total.shape
+    if s < 2 or g < 2:
+        kept = counts > 0
+        return bootstrap(sums[kept], counts[kept], np.asarray(groups, str)[kept].tolist(), level=level) | {"n": s}
+    means = total.sum(1) / number.sum(1)
+    # What a group adds to its seed's mean, G times; 0 in the mean over groups.
+    part = (total - means[:, None] * number) * g / number.sum(1, keepdims=True)
+    by_group = part.mean(0)
+    freedom = np.array([s - 1, g - 1, (s - 1) * (g - 1)])
+    rest = ((part - by_group) ** 2).sum() / freedom[2]
+    terms = np.array([means.var(ddof=1) / s, by_group.var(ddof=1) / g, -rest / (s * g)])
+    # Neither of the first two is less than nothing without the third's share of it.
+    variance = max(terms.sum(), terms[0], terms[1])
+    value, half = float(means.mean()), 0.0
+    if variance > 0:
+        half = float(t.ppf((1 + level) / 2, variance**2 / (terms**2 / freedom).sum()) * np.sqrt(variance))
+    return {"value": value, "low": value - half, "high": value + half, "n": s}
 
 
 def jackknife(
