@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--split is '{known.split}', expected one of {', '.join(SPLITS)}")
     if known.concurrency < 1:
         raise UserError(f"--concurrency is {known.concurrency}, expected 1 or more")
-    start_runtime()
+    start_runtime(alone=True)
     run = open_run(Path(known.workdir))
     if run.setting.notes is None:
         raise UserError(f"{known.workdir}: config.method='{run.config.method}' asks no language model; 'dpl' does")

@@ -196,6 +196,18 @@ def gather_small(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
 
 
+def in_turn(x: jax.Array, layer: Tree) -> tuple[jax.Array, Tree]:
+    """A layer's input and its weights, neither to be touched before both are there.
+
+    Where layers are arrays of their own and spread over fsdp, the compiler would gather all of them before the first, or, in a
+    loop over tokens, before the loop: each device would hold the whole model.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return x, layer
+    return jax.lax.optimization_barrier((x, layer))
+
+
 # Logical names of dimensions that stay spread over the mesh's tensor axis while a layer computes.
 WIDE = ("heads", "kv_heads", "mlp")
 

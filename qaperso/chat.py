@@ -271,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     known = parser.parse_args(arguments)
     _check_sampling(known)
-    start_runtime()
+    start_runtime(alone=True)
     run = open_run(Path(known.workdir))
     for querier in known.querier:
         run.registry.row(querier)

@@ -257,13 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(
                 "--again is for all who were enrolled, from what was kept of them; leave --querier and --input out"
             )
-        start_runtime()
+        start_runtime(alone=True)
         print("\n".join(summary(person, workdir) for person in enrol_again(workdir)))
         return 0
     if not known.querier or not known.input:
         raise UserError("somebody new needs --querier NAME and --input PATH, or give --again")
     name = as_name(known.querier, "--querier")
-    start_runtime()
+    start_runtime(alone=True)
     run = open_run(workdir, enrolled=False)
     now = people.joined(run.registry, people.read(run.workdir), run.workdir)
     check_name(now, name)

@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument("--published", type=Path, metavar="FILE", help="weights of the published QAR implementation")
     known = parser.parse_args(arguments)
-    start_runtime()
+    start_runtime(alone=True)
     output = Path(known.output)
     step = export(Path(known.workdir), output, known.format, known.published)
     print(

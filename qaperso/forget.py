@@ -28,7 +28,7 @@ from qaperso.data import load, prepared
 from qaperso.data.store import NOBODY, STRANGER_NAME, Registry, blank, without
 from qaperso.errors import UserError, command
 from qaperso.eval import report, residue
-from qaperso.mesh import start_runtime
+from qaperso.mesh import mesh_over, start_runtime
 from qaperso.models import base as bases
 from qaperso.people import Person
 from qaperso.run import CHECKPOINTS, RECORD, Run, open_run, read_record, restore
@@ -290,6 +290,7 @@ def retrain(workdir: Path, target: Path) -> int:
         )
     config = configs.from_json(record["config"])
     config.data.without = (*config.data.without, *tokens)
+    config.mesh.update(mesh_over(config.mesh).shape)
     try:
         bases.locate(config.base)
     except UserError:
@@ -327,7 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workdir = Path(known.workdir)
     if not known.querier and not known.retrain:
         raise UserError("give --querier NAME, --retrain NEW, or both")
-    start_runtime()
+    start_runtime(alone=True)
     if known.querier:
         print(summary(*forget(workdir, known.querier), known.querier))
     return retrain(workdir, Path(known.retrain)) if known.retrain else 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from qaperso.arrays import BATCH_AXES
+from qaperso.arrays import BATCH_AXES, divides
 from qaperso.data.batches import columns_of
 from qaperso.data.text import Encoded
 from qaperso.models import decoder, inference
@@ -166,16 +165,18 @@ def sample(
 
 
 def _spread(slots: Slots) -> Slots:
-    """Keeps slots over the batch axes of the mesh in force, or whole where these do not divide them.
+    """Keeps slots over the batch axes of the mesh in force and their cache's heads over its tensor axis, or whole where these
+    do not divide them.
 
     Said of every result, since programs that leave it to the compiler could each choose, and compile twice.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return slots
-    axis = BATCH_AXES if slots.token.shape[0] % math.prod(mesh.shape[a] for a in BATCH_AXES) == 0 else None
-    # In the cache towers come before slots.
-    cached, other = PartitionSpec(None, axis), PartitionSpec(axis)
+    axis = BATCH_AXES if divides(mesh, BATCH_AXES, slots.token.shape[0]) else None
+    # In the cache towers come before slots, and behind them heads, which lie where the kernels that make them do.
+    heads = "tensor" if divides(mesh, ("tensor",), slots.cache[0][0].shape[2]) else None
+    cached, other = PartitionSpec(None, axis, heads), PartitionSpec(axis)
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, cached if x.ndim == 5 else other), slots)
 
 

@@ -21,6 +21,8 @@ Tree = Any
 AXES = ("data", "fsdp", "tensor")
 # How long a process may be silent until the others give it up. Threads of their own report, so compiling does not count.
 HEARTBEAT_SECONDS = 30
+# Bytes of an array that are gathered from all hosts at a time.
+PART = 2**28
 
 
 def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -47,8 +49,8 @@ def make_mesh(data: int, fsdp: int, tensor: int, devices: Sequence[Any] | None =
 def mesh_over(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of a configuration over whatever devices there are now, all of them or those given.
 
-    Where its sizes do not make them, parameters stay spread as they were: as much of `tensor` as divides the number, the rest
-    to `fsdp` where the configuration spreads over it, else to `data`.
+    Where its sizes do not make them, parameters stay spread as they were: as much of `tensor` as divides the number; of the
+    rest what is a power of two, by which arrays divide, to `fsdp` where the configuration spreads over it; else to `data`.
 
     Args:
       sizes: config.mesh.
@@ -60,7 +62,8 @@ def mesh_over(sizes: Any, devices: Sequence[Any] | None = None) -> Mesh:
     except UserError:
         tensor = math.gcd(max(sizes.tensor, 1), len(devices))
         rest = len(devices) // tensor
-        return make_mesh(1, rest, tensor, devices) if sizes.fsdp != 1 else make_mesh(rest, 1, tensor, devices)
+        fsdp = rest & -rest if sizes.fsdp != 1 else 1
+        return make_mesh(rest // fsdp, fsdp, tensor, devices)
 
 
 def batch_sharding(mesh: Mesh, axis: int, size: int) -> NamedSharding:
@@ -87,12 +90,17 @@ def put_batch(batch: Tree, mesh: Mesh, axis: int) -> Tree:
 
 
 def host_copy(tree: Tree) -> Tree:
-    """Numpy copies. What is scattered over hosts is gathered leaf by leaf, for which all of them must ask."""
+    """Numpy copies. What is scattered over hosts is gathered a part at a time, for which all of them must ask.
+
+    A part is whole on each device for a moment: PART bytes, or one entry of the first dimension, such as a layer.
+    """
 
     def leaf(x: Any) -> np.ndarray:
-        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
-            return multihost_utils.process_allgather(x, tiled=True)
-        return np.asarray(x)
+        if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        size = max(1, PART * x.shape[0] // x.nbytes) if x.nbytes > PART else len(x)
+        parts = [x[i : i + size] for i in range(0, len(x), size)] if size < len(x) else [x]
+        return np.concatenate([multihost_utils.process_allgather(part, tiled=True) for part in parts])
 
     return jax.tree.map(leaf, tree)
 
@@ -106,18 +114,24 @@ def told(data: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes()
 
 
-def start_runtime() -> None:
+def start_runtime(alone: bool = False) -> None:
     """Joins the other processes where there are any, and switches the compile cache on.
+
+    Args:
+      alone: the command is one of a single process.
 
     A launcher says who they are (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`, see `qaperso.launch`), or
     only that there are some (`QAPERSO_DISTRIBUTED=1`), and JAX asks the machine: Cloud TPU slices, GKE and SLURM know.
 
     Raises:
-      UserError: those variables are not all there, or are no numbers.
+      UserError: those variables are not all there, or are no numbers; or they are, and the command wants to be alone.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax warns of every folder that it opens to read
     named = "JAX_COORDINATOR_ADDRESS" in os.environ
     if named or os.environ.get("QAPERSO_DISTRIBUTED") == "1":
+        if alone:
+            variable = "JAX_COORDINATOR_ADDRESS" if named else "QAPERSO_DISTRIBUTED"
+            raise UserError(f"{variable} is set, but this command is one process; start it once, without that variable")
         # JAX's own listener would swallow a SIGTERM that comes before training listens.
         jax.config.update("jax_enable_preemption_service", False)
         who = _who() if named else {}

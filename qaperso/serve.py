@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _check(limits, known.port)
     keys = load_keys(known.keys, os.environ)
     listening = _listen(known.host, known.port)
-    start_runtime()
+    start_runtime(alone=True)
     run = open_run(Path(known.workdir), enrolled=False)
     trainable, _, step = restore(run)
     service = Service(run, trainable, step, keys, limits)

@@ -20,11 +20,13 @@ import untrained
 from qaperso import batching, evaluate, prepare, reply
 from qaperso.data import prepared, synthetic
 from qaperso.data.formats import jsonl
+from qaperso.data.store import make_store
 from qaperso.errors import UserError
 from qaperso.eval import canaries, leakage, scores
 from qaperso.eval.awareness import rename
 from qaperso.eval.canaries import Canary
 from qaperso.generate import Sampling
+from qaperso.methods import prompts
 from qaperso.types import Dialogue, Turn
 
 WORLD = synthetic.make_world(3)
@@ -226,6 +228,19 @@ def test_planted_secrets() -> None:
         assert c.value in c.candidates and leakage.told(c, c.owner, c.value).turns == c.question.turns
         assert set(c.others) == {"ann", "bo", "cleo", "dee"} - {c.owner}
     assert canaries.planted(before) == []
+
+
+def test_a_method_that_reads_history_can_tell_planted_secrets() -> None:
+    after = canaries.plant(data(), seed=5, count=2)
+    store = make_store(after, np.zeros(len(after), np.int32))
+
+    def read(dialogue: Dialogue) -> str:
+        told = prompts.retrieved(store, dialogue.until(-1), "visible", 4, 100, lambda turn: 1)
+        return " ".join(turn.text for turn in told)
+
+    for c in canaries.planted(after):
+        assert c.value in read(c.question)
+        assert not any(c.value in read(rename(c.question, other)) for other in c.others)
 
 
 def test_what_cannot_be_planted() -> None:

@@ -72,6 +72,8 @@ def test_host_copy_gives_back_what_was_placed() -> None:
         ((2, 4, 4), 2, (1, 1, 2)),
         ((1, 4, 3), 8, (1, 8, 1)),
         ((3, 1, -1), 8, (8, 1, 1)),
+        ((1, 8, 1), 6, (3, 2, 1)),
+        ((1, 8, 1), 7, (7, 1, 1)),
         ((1, -1, 8), 1, (1, 1, 1)),
     ],
 )
@@ -80,6 +82,13 @@ def test_a_mesh_of_the_devices_there_are(wanted: tuple, count: int, found: tuple
     sizes = ConfigDict(dict(zip(mesh.AXES, wanted, strict=True)))
     made = mesh.mesh_over(sizes, jax.devices()[:count])
     assert tuple(made.shape.values()) == found
+
+
+@pytest.mark.parametrize("name", ["JAX_COORDINATOR_ADDRESS", "QAPERSO_DISTRIBUTED"])
+def test_a_command_of_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=f"^{name} is set, but this command is one process; start it once, without"):
+        mesh.start_runtime(alone=True)
 
 
 def test_one_process_tells_itself() -> None:

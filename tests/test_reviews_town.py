@@ -71,7 +71,7 @@ def test_scores() -> None:
         assert score_review(d, true_review(changed, d.fields["facts"])) == expected
     wrong = true_review(TERSE, d.fields["facts"] | {"price": "dear"})
     assert score_review(d, wrong) == dict.fromkeys(STYLES, 1.0) | {"fact": 0.0, "exact": 0.0}
-    assert score_review(d, "") == {"length": 1.0, "warmth": 0.0, "order": 0.0, "fact": 0.0, "exact": 0.0}
+    assert score_review(d, "") == {"length": 0.0, "warmth": 0.0, "order": 0.0, "fact": 0.0, "exact": 0.0}
     both = score_review(d, d.reply + " that is all.")
     assert both["warmth"] == both["exact"] == 0.0 and both["order"] == 1.0
 

@@ -168,6 +168,8 @@ def test_rows_are_read_when_they_are_needed(tmp_path: Path) -> None:
     into[1] = rows
     np.testing.assert_array_equal(into[1], expected)
     assert rows.tobytes() != none.tobytes() == b"" and rows.tobytes() == Rows(cache, np.array([1, 0]), 4).tobytes()
+    other = Vectors("", "some encoder", DIM)
+    assert rows.tobytes() == Rows(other, other.add(["a", "z", "b"], embed)[[0, 2]], 4).tobytes()
 
 
 def test_bad_folders_and_vectors(tmp_path: Path) -> None:

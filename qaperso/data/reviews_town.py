@@ -149,7 +149,7 @@ def score_review(dialogue: Dialogue, review: str) -> dict[str, float]:
     phrases = {side: (_OPENING[side], _CLOSING[side]) for side in STYLES["warmth"]}
     first = {kind: said.index(kind) for kind in _SAID if kind in said}
     scores = {
-        "length": min(sizes, key=lambda side: abs(sizes[side] - len(said))) == style["length"],
+        "length": bool(said) and min(sizes, key=lambda side: abs(sizes[side] - len(said))) == style["length"],
         "warmth": all((f" {p} " in text) == (side == style["warmth"]) for side, ps in phrases.items() for p in ps),
         "order": len(first) == 2 and min(first, key=first.__getitem__) == style["order"],
         "fact": all({v for v in FACTS[kind] if v in said} == {facts[kind]} for kind in _SAID),

@@ -89,6 +89,13 @@ class Vectors:
             self._table = np.memmap(self.folder / "vectors", DTYPE, "r", shape=(self._count, self.dim))
         return self._table
 
+    @property
+    def digests(self) -> np.ndarray:
+        """uint64[n], `digest` of each vector's text, mapped."""
+        if len(self._named) != self._count:
+            self._named = np.memmap(self.folder / "digests", "<u8", "r", shape=(self._count,))
+        return self._named
+
     def find(self, texts: Sequence[str]) -> np.ndarray:
         """Rows of the table, int64[n]; -1 where a text has no vector."""
         return self._find(_digests(texts))
@@ -129,10 +136,14 @@ class Vectors:
         self._count = self._committed()
         digests = np.fromfile(self.folder / "digests", "<u8", self._count)
         self._old, self._recent = _sorted(digests, np.arange(self._count)), _NONE
-        self._table = np.zeros((0, self.dim), DTYPE)
+        self._table, self._named = np.zeros((0, self.dim), DTYPE), np.zeros(0, np.uint64)
 
     def _committed(self) -> int:
-        sizes = [(self.folder / name).stat().st_size for name in ("digests", "vectors")]
+        sizes = []
+        for name in ("digests", "vectors"):
+            # A shared disk may remember an old size of a file, but not of one that is opened.
+            with (self.folder / name).open("rb") as file:
+                sizes.append(os.fstat(file.fileno()).st_size)
         return min(sizes[0] // 8, sizes[1] // (self.dim * DTYPE.itemsize))
 
     @contextmanager
@@ -140,7 +151,10 @@ class Vectors:
         """This process is the one that appends, and knows what others have appended."""
         with (self.folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if self._committed() != self._count:
+            more = self._committed() - self._count
+            if more > 0:
+                self._take(np.fromfile(self.folder / "digests", "<u8", more, offset=8 * self._count))
+            elif more < 0:
                 self._read()
             yield
 
@@ -150,6 +164,10 @@ class Vectors:
         row = self.dim * DTYPE.itemsize
         _write(self.folder / "vectors", self._count * row, np.ascontiguousarray(vectors, DTYPE).tobytes())
         _write(self.folder / "digests", self._count * 8, digests.astype("<u8").tobytes())
+        self._take(digests)
+
+    def _take(self, digests: np.ndarray) -> None:
+        """Knows of vectors that are on disk behind the others."""
         self._recent = _joined(self._recent, (digests, np.arange(self._count, self._count + len(digests))))
         self._count += len(digests)
         # Few are sorted at each block, and all of them a few times in a build.
@@ -211,8 +229,8 @@ class Rows:
         return DTYPE
 
     def tobytes(self) -> bytes:
-        """Equal for equal arrays of one cache, which holds every text once."""
-        return self.index.tobytes()
+        """Equal for equal texts in equal order, in whichever cache of the encoder."""
+        return self.source.digests[self.index].tobytes()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         whole = np.zeros(self.shape, DTYPE)
@@ -238,7 +256,8 @@ class Differences(Rows):
 
     def tobytes(self) -> bytes:
         """See `Rows`."""
-        return b"".join(x.tobytes() for x in (self.index, self.others, self.starts))
+        named = self.source.digests
+        return b"".join(x.tobytes() for x in (named[self.index], named[self.others], self.starts))
 
     def _vectors(self) -> np.ndarray:
         table = self.source.table

@@ -145,7 +145,10 @@ def plant(dialogues: Sequence[Dialogue], seed: int = 0, count: int = 8, copies: 
 
 
 def planted(dialogues: Sequence[Dialogue]) -> list[Canary]:
-    """The canaries that `plant` put among a run's dialogues. Whoever the responder answers in training may ask for them."""
+    """The canaries that `plant` put among a run's dialogues. Whoever the responder answers in training may ask for them.
+
+    A question is a dialogue of its own, in no group of training's: methods that read history find the secret there.
+    """
     told = {d.querier: d for d in dialogues if "secret" in d.fields}
     asking: dict[str, set[str]] = {}
     for d in dialogues:
@@ -155,7 +158,7 @@ def planted(dialogues: Sequence[Dialogue]) -> list[Canary]:
     return [
         Canary(
             owner=name,
-            question=d,
+            question=dataclasses.replace(d, id=f"ask {name}", group=f"ask {name}", replies=()),
             holders=holders,
             candidates=secrets(d.fields["secrets"]),
             form=ANSWER,

@@ -128,9 +128,10 @@ def crossed(
     """The mean over seeds of sum(sums) / sum(counts), with an interval for other seeds and other groups.
 
     Every seed scores the same dialogues, so seeds and groups are crossed. Few seeds cannot be resampled: a percentile
-    interval of three covers less than 80%, this one 90% and more (tested). The variance is that of two crossed random effects, s2_seed / S + s2_group / G -
-    s2_rest / (S G), of means by seed, means by group and what is left (Searle, Casella and McCulloch, Variance Components, 1992,
-    ch. 4), groups by their part in each seed's ratio; Student's t has the degrees of freedom of Satterthwaite (1946).
+    interval of three covers less than 80%, this one 90% and more (tested). The variance is that of two crossed random
+    effects, s2_seed / S + s2_group / G - s2_rest / (S G), of means by seed, means by group and what is left (Searle, Casella
+    and McCulloch, Variance Components, 1992, ch. 4), groups by their part in each seed's ratio; Student's t has the degrees
+    of freedom of Satterthwaite (1946).
 
     Args:
       sums, counts: numerators and denominators, float[n].

@@ -72,7 +72,7 @@ def swap_gaps(run: Run, before: Tree, after: Tree, store: Store, name: str, seed
 
 def _mean(gaps: np.ndarray, counts: np.ndarray, others: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
     """Per token, over replies that fit a row under both names."""
-    fits = (counts > 0) & (others > 0)
+    fits = (counts > 0) & (others == counts)
     return bootstrap(gaps[fits], counts[fits], [group for group, fit in zip(groups, fits, strict=True) if fit])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -11,8 +13,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from qaperso.arrays import BATCH_AXES
 from qaperso.data import paper
 from qaperso.data.batches import sequential
+from qaperso.data.plan import Shape
 from qaperso.mesh import host_copy, put_batch
 from qaperso.methods import Setting, base
 from qaperso.run import Run
@@ -31,11 +35,17 @@ def batch_nll(
     return base.dialogue_losses(batch, base.token_losses(setting, trainable, params, batch, states))
 
 
+def shape_of(run: Run) -> Shape:
+    """Bounds of the batches that a run is scored in: those of training, with rows that the devices divide evenly."""
+    devices = math.prod(run.mesh.shape[a] for a in BATCH_AXES)
+    return dataclasses.replace(run.shape, rows=-(-run.shape.rows // devices) * devices)
+
+
 def reply_nll(run: Run, trainable: Tree, examples: Sequence[Example]) -> tuple[np.ndarray, np.ndarray]:
     """Reply NLL of each example in nats, float64[n], and its number of tokens."""
     sums, counts = np.zeros(len(examples)), np.zeros(len(examples))
     with jax.set_mesh(run.mesh):
-        for batch, rows in sequential(examples, run.shape):
+        for batch, rows in sequential(examples, shape_of(run)):
             if run.config.compat == "paper":
                 batch = paper.as_published(batch, run.setting.model.eos_ids[0])
             found = batch_nll(run.setting, run.method, trainable, run.base, put_batch(batch, run.mesh, 0))

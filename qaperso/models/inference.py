@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qaperso.arrays import constrain_batch
+from qaperso.arrays import constrain_batch, in_turn
 from qaperso.models import decoder, lora, quantized, towers
 from qaperso.models.config import DecoderConfig
 from qaperso.models.decoder import Adapters
@@ -190,6 +190,7 @@ def prefill(
     cache = []
     for one in weights["layers"]:
         x = decoder.part(x, rows) if count_towers(one) > x.shape[0] else x
+        x, one = in_turn(x, one)
         x, pair = layer(x, one, tables, mask, config)
         cache.append(pair)
     return x, tuple(cache)
@@ -225,6 +226,7 @@ def decode(
     found = []
     for one, pair in zip(weights["layers"], cache, strict=True):
         x = decoder.part(x, rows) if count_towers(one) > x.shape[0] else x
+        x, one = in_turn(x, one)
         x, pair = layer(x, one, tables, visible[:, None], config, pair, place)
         found.append(pair)
     hidden = towers.join(weights["tower"], weights, x, config)
