@@ -116,6 +116,29 @@ def test_a_step_compiles_for_four_chips() -> None:
     assert found.cost.flops > 4 * kernels(run) * 16 * 48 / 4
 
 
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install 'qaperso[tpu]'")
+def test_replies_gather_a_layer_at_a_time() -> None:
+    """A device never holds the whole model: in a loop over tokens the compiler would gather it before the loop."""
+    made = mesh.make_mesh(1, 4, 1, aot.devices(chips.topology("v5e:2x2")))
+    wide = dataclasses.replace(MODEL, embed=1024, mlp=4096, layers=6, heads=8, head_dim=128)
+    program = aot.generate_programs(dataclasses.replace(setting(method="sft"), model=wide), made)["decode"]
+    weights = program.arguments[0]
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights["layers"]))
+    assert aot.compile_program(program, made).temporaries < 0.2 * whole
+
+
+def test_a_cache_lies_where_its_heads_are_made() -> None:
+    made = mesh.make_mesh(2, 2, 2)
+    programs = aot.generate_programs(setting(method="qar"), made)
+    slots = programs["decode"].arguments[1]
+    for x in jax.tree.leaves(slots.cache):
+        w, b, heads, length, dim = x.shape
+        assert x.sharding.shard_shape(x.shape) == (w, b // 4, heads // 2, length, dim)
+    found = aot.compile_program(programs["decode"], made)
+    gathered = [a.dims for c in found.cost.collectives if c.kind == "all-gather" for a in c.arrays]
+    assert gathered and not [dims for dims in gathered if length in dims and len(dims) > 2]
+
+
 def test_products_that_triton_does_not_take_are_cublas() -> None:
     class Lowered:
         def compile(self, options: dict[str, bool] | None = None) -> dict[str, bool]:
