@@ -119,7 +119,10 @@ def test_wrong_overrides_name_key_and_mend(plain, override, message):
         ("c.steps = 'many'", r"some\.py', line 5: config\.steps must be int like 1000, found str 'many'$"),
         ("c.batch.rows = 1.5", r"some\.py', line 5: config\.batch\.rows must be int like 8, found float 1\.5$"),
         ("c.method = 4", r"some\.py', line 5: config\.method must be str like 'qar', found int 4$"),
-        ("c.batch = 4", r"line 5: config\.batch is a section, found int 4; set its keys, such as config\.batch\.accumulate$"),
+        (
+            "c.batch = 4",
+            r"line 5: config\.batch is a section, found int 4; set its keys, such as config\.batch\.accumulate$",
+        ),
         ("c.steps = None", r"some\.py': config\.steps must be int like 1000, found NoneType None$"),
         ("c.steps = True", r"some\.py': config\.steps must be int like 1000, found bool True$"),
         ("c = None", r"get_config\(\) must return what default\(\) gives"),
