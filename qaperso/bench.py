@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import runpy
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 
 from qaperso import checkpoint
 from qaperso import config as configs
-from qaperso.errors import STOPPED, UserError, command, nearest
+from qaperso.errors import STOPPED, UserError, command, nearest, running
 from qaperso.eval import compare as comparing
 from qaperso.eval import intervals, report
 from qaperso.eval.compare import Items
@@ -63,6 +64,35 @@ class Suite:
     once: tuple[str, ...] = ()
 
 
+def _are(kind: type, value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(type(x) is kind for x in value)
+
+
+def _named(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(type(k) is str and _are(str, words) for k, words in value.items())
+
+
+def _runs(value: Any) -> bool:
+    return _named(value) and all(value.values())
+
+
+# What a field of a suite must be: in words, and whether a value is.
+_STRINGS = "a tuple of strings, as in ('nll',)", functools.partial(_are, str)
+_RUNS = "a dict of tuples of strings, as in {'LoRA': ('configs/sft.py', 'steps=3')}", _runs
+FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "methods": _RUNS,
+    "seeds": (
+        "a tuple of one or more whole numbers, as in (0, 1, 2)",
+        lambda value: _are(int, value) and len(value) > 0,
+    ),
+    "against": ("a dict of tuples of strings, as in {'QAR': ('LoRA',)}", _named),
+    "metrics": _STRINGS,
+    "before": _RUNS,
+    "evaluate": _STRINGS,
+    "once": _STRINGS,
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """A run of a suite; `method` is "" for one that others start from."""
@@ -83,14 +113,19 @@ def load_suite(path: Path) -> Suite:
     """Reads `get_suite()` of a Python file: a dict with the fields of `Suite`.
 
     Raises:
-      UserError: no such file or function, an unknown or missing field, or a baseline that is no method.
+      UserError: no such file or function, an unknown or missing field or one of another type, a baseline that is no
+        method, or whatever the file raises.
     """
     if not path.is_file():
         raise UserError(f"suite '{path}' is not a file")
-    made = runpy.run_path(str(path)).get("get_suite")
-    if made is None:
-        raise UserError(f"suite '{path}' defines no get_suite()")
-    given, known = made(), {f.name: f for f in dataclasses.fields(Suite)}
+    with running("suite", path):
+        made = runpy.run_path(str(path)).get("get_suite")
+        if made is None:
+            raise UserError(f"suite '{path}' defines no get_suite()")
+        given = made()
+    if not isinstance(given, Mapping):
+        raise UserError(f"suite '{path}': get_suite() returns {given!r}, expected a dict of fields")
+    known = {f.name: f for f in dataclasses.fields(Suite)}
     for name in given:
         if name not in known:
             raise UserError(f"suite '{path}' has an unknown field '{name}'{nearest(name, list(known))}")
@@ -99,6 +134,10 @@ def load_suite(path: Path) -> Suite:
     }
     if lacking := sorted(needed - set(given)):
         raise UserError(f"suite '{path}' has no field '{lacking[0]}'")
+    for name, value in given.items():
+        expected, fits = FIELDS[name]
+        if not fits(value):
+            raise UserError(f"suite '{path}': {name} is {value!r}, expected {expected}")
     suite = Suite(**given)
     for name in (*suite.against, *(base for bases in suite.against.values() for base in bases), *suite.once):
         if name not in suite.methods:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import runpy
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from qaperso.errors import UserError, nearest
+from qaperso.errors import UserError, nearest, running
 
 # Keys that may differ between a run and its resumption: they change no number that training computes.
 OPERATIONAL = (
@@ -169,14 +170,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     `FILE.py:NAME` applies the overrides under NAME in the file's `VARIANTS`, {name: {dotted key: value}}, before them.
 
     Raises:
-      UserError: no such file or variant, no `get_config`, an unknown key, or a value of the wrong type.
+      UserError: no such file or variant, no `get_config`, an unknown key, a value of the wrong type, or whatever the
+        file raises.
     """
     file, _, variant = str(path).partition(".py:")
     path = Path(f"{file}.py" if variant else path)
     if not path.is_file():
         near = nearest(path.name, [p.name for p in path.parent.glob("*.py")]) if path.parent.is_dir() else ""
         raise UserError(f"config '{path}' is not a file{near}")
-    try:
+    with running("config", path, _refused):
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
             raise UserError(f"config '{path}' defines no get_config()")
@@ -186,15 +188,36 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
             if variant not in known:
                 raise UserError(f"config '{path}' has no variant '{variant}'{nearest(variant, known)}")
             config.update_from_flattened_dict(known[variant])
-    except (SyntaxError, NameError, ImportError) as error:
-        raise UserError(f"config '{path}' cannot be run: {error}") from error
-    except (AttributeError, KeyError) as error:  # ml_collections: an unknown key of a locked config
-        raise UserError(f"config '{path}' sets a key that does not exist: {str(error).splitlines()[0]}") from error
-    except TypeError as error:
-        raise UserError(f"config '{path}' sets a value of the wrong type: {error}") from error
     if not isinstance(config, ConfigDict) or keys(config) != keys(default()):
         raise UserError(f"config '{path}': get_config() must return what default() gives, with values changed")
+    plain = default()
+    for key in keys(config):  # ml_collections lets None pass for anything, and True for 1
+        value, old = get(config, key), get(plain, key)
+        if not isinstance(value, type(old)) or isinstance(value, bool) != isinstance(old, bool):
+            raise UserError(f"config '{path}': {_mistyped(key, old, value)}")
     return changed(config, overrides)
+
+
+def _refused(error: BaseException) -> str:
+    """What a configuration refused, as a command line would be told; "" of an error that came from elsewhere."""
+    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    node, key = frame.f_locals.get("self"), frame.f_locals.get("key", frame.f_locals.get("attribute"))
+    if not isinstance(node, ConfigDict) or not isinstance(error, AttributeError | KeyError | TypeError):
+        return ""
+    known = default()
+    folders = [name for name in known if isinstance(known[name], ConfigDict) and set(known[name]) == set(node)]
+    full = f"{folders[0]}.{key}" if folders else str(key)
+    if key not in node:
+        return f"unknown key 'config.{full}'{nearest(full, keys(known))}"
+    return _mistyped(full, node[key], frame.f_locals.get("value")) if isinstance(error, TypeError) else ""
+
+
+def _mistyped(key: str, old: Any, value: Any) -> str:
+    """That a file gives a key a value of another type than it has."""
+    found = f"found {type(value).__name__} {value!r}"
+    if isinstance(old, ConfigDict):
+        return f"config.{key} is a section, {found}; set its keys, such as config.{key}.{next(iter(old))}"
+    return f"config.{key} must be {type(old).__name__} like {old!r}, {found}"
 
 
 def changed(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -213,8 +236,13 @@ def changed(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def variants(path: Path) -> dict[str, dict[str, Any]]:
-    """The named sets of overrides that a config file has beside `get_config`, {name: {dotted key: value}}."""
-    return runpy.run_path(str(path)).get("VARIANTS", {})
+    """The named sets of overrides that a config file has beside `get_config`, {name: {dotted key: value}}.
+
+    Raises:
+      UserError: whatever the file raises.
+    """
+    with running("config", path):
+        return runpy.run_path(str(path)).get("VARIANTS", {})
 
 
 def overrides(words: Sequence[str], options: str) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 # What a scheduler may start again is every exit code but 0 and this one.
 USER_ERROR = 2
@@ -31,6 +33,41 @@ def nearest(name: str, valid: Iterable[str]) -> str:
         return f"; did you mean '{close[0]}'?"
     shown = ", ".join(valid[:12]) + (", ..." if len(valid) > 12 else "")
     return f"; valid: {shown}" if valid else ""
+
+
+@contextlib.contextmanager
+def running(what: str, path: Path, explain: Callable[[BaseException], str] = lambda _: "") -> Iterator[None]:
+    """While a Python file of the user's runs: whatever it raises becomes one line that says where.
+
+    Args:
+      what: the file is, such as "config".
+      path: of the file.
+      explain: what is wrong and how to mend it, of an error that it knows; else "".
+
+    Raises:
+      UserError: instead of any exception, `SystemExit` among them, but a UserError.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        found = " ".join(f"{type(error).__name__}: {said}".split()).removesuffix(":")
+        file, line = _raised(error, path)
+        place = f"{what} '{file}'" + (f", line {line}" if line else "")
+        told = explain(error) or f"found {found}, expected code that runs; mend that {'line' if line else 'file'}"
+        raise UserError(f"{place}: {told}") from error
+
+
+def _raised(error: BaseException, path: Path) -> tuple[Path, int | None]:
+    """The innermost line of the file, or of one in its folder that it ran; no line where none was reached."""
+    lines = [(Path(frame.f_code.co_filename), line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:
+        lines.append((Path(error.filename), error.lineno))
+    folder = path.resolve().parent
+    own = [(file, line) for file, line in lines if file.is_file() and file.resolve().parent == folder]
+    return own[-1] if own else (path, None)
 
 
 def command(main: Callable[..., int | None]) -> Callable[..., int]:

@@ -28,6 +28,19 @@ from qaperso.models.embedder import load_embedder
 # Dialogues of an output shard.
 SHARD_RECORDS = 20_000
 
+# Numbers that are not negative, and what each is to be.
+NOT_NEGATIVE = {
+    "silence": "hours, or 0 for never",
+    "min_per_querier": "a number of replies, 0 or more",
+    "duplicates": "a similarity from 0.8 to 1, or 0 to keep all",
+    "dev": "a share from 0 up to, not including, 1",
+    "test": "a share from 0 up to, not including, 1",
+    "unseen": "a share from 0 up to, not including, 1",
+    "seed": "a whole number, 0 or more",
+}
+# Files that options name, and what is to be in them.
+FILES = {"aliases": 'names as {"NAME": ["ALIAS", ...]} or lines ALIAS,NAME', "pseudonyms": "a secret of 16 characters"}
+
 
 def prepare(options: argparse.Namespace) -> dict[str, Any]:
     """Makes the data set; returns its statistics.
@@ -63,8 +76,14 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
     """Options that decide what is written; no secret, path of this machine, or name that is to be hidden is among them."""
     found = {k: v for k, v in vars(options).items() if k not in ("input", "output", "workers", "engine")}
-    for key in ("aliases", "pseudonyms"):
-        found[key] = prepared.digest(Path(found[key])) if found[key] else None
+    for key, expected in FILES.items():
+        try:
+            found[key] = prepared.digest(Path(found[key])) if found[key] else None
+        except OSError as error:
+            raise UserError(
+                f"--{key} {found[key]}: found no readable file ({error.strerror}), expected one with {expected}; "
+                "check the path"
+            ) from error
     found["encoder"] = Path(options.encoder).name if options.encoder else None
     if options.pseudonyms:
         known = json.dumps([found["pseudonyms"], options.responder])
@@ -98,6 +117,12 @@ def _write(options: argparse.Namespace, paths: list[Path], folder: Path) -> dict
         scrub=options.scrub,
         keep_splits=not options.ignore_splits,
     )
+    unread = shards.unread(kind, paths)
+    if unread:
+        print(
+            f"files not read as {kind}: {len(unread):,}, first {unread[0]}; prepare other formats apart",
+            file=sys.stderr,
+        )
     with engine.start(options.engine, options.workers) as run:
         tasks = shards.read_tasks(reading, paths, folder / "work")
         columns = list(run(shards.read_shard, tasks))
@@ -113,7 +138,7 @@ def _write(options: argparse.Namespace, paths: list[Path], folder: Path) -> dict
             seed=options.seed,
             allow_leaks=options.allow_leaks,
         )
-        merged = merge(columns, files, rules)
+        merged = merge(columns, files, rules, unread)
         if options.pseudonyms:
             names = set().union(*run(shards.speakers_of, files))
             hidden = clean.Pseudonyms(_secret(Path(options.pseudonyms)), names)
@@ -248,6 +273,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--workers", type=int, default=1, metavar="N")
     add("--engine", default="local", choices=engine.ENGINES)
     options = parser.parse_args(arguments)
+    for name, expected in NOT_NEGATIVE.items():
+        if not (value := getattr(options, name)) >= 0:  # nor is it NaN
+            raise UserError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
     options.column = [_pair(text) for text in options.column]
     options.clusters = _clusters(options.clusters)
     print(summary(prepare(options)))

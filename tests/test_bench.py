@@ -80,6 +80,17 @@ def test_what_trains_nothing_is_run_once_and_compared_with_every_seed(suite_file
         ('("LoRA",)}', '("LoRa",)}', "did you mean 'LoRA'"),
         ('against={"Two', 'against={"Tow', "did you mean 'Two towers'"),
         ("        seeds=", '        once=("LoRa",),\n        seeds=', "did you mean 'LoRA'"),
+        ("seeds=(0, 1)", "seeds=3", r"suite_x\.py': seeds is 3, expected a tuple of one or more whole numbers, as in"),
+        ("seeds=(0, 1)", "seeds=()", r"seeds is \(\), expected a tuple of one or more whole numbers"),
+        ('metrics=("nll",)', 'metrics=("nll")', r"metrics is 'nll', expected a tuple of strings, as in \('nll',\)"),
+        ('against={"Two towers": ("LoRA",)}', 'against={"Two towers": "LoRA"}', "expected a dict of tuples of strings"),
+        ('("configs/base.py", "steps=3")', "()", r"before is \{'base': \(\)\}, expected a dict of tuples of strings"),
+        (
+            "seeds=(0, 1)",
+            "seeds=(1 / 0,)",
+            r"suite_x\.py', line 6: found ZeroDivisionError: division by zero, expected",
+        ),
+        ("return dict(", "dict(", r"get_suite\(\) returns None, expected a dict of fields"),
     ],
 )
 def test_a_wrong_suite_is_one_clear_error(suite_file: Path, old: str, new: str, expected: str) -> None:

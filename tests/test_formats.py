@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qaperso.data import shards
 from qaperso.data.formats import FORMATS, as_time, detect, load, shape
 from qaperso.errors import UserError
 
@@ -22,6 +23,12 @@ def test_readers_share_one_interface(name: str) -> None:
     assert list(inspect.signature(module.sniff).parameters) == ["path", "head"]
     assert list(inspect.signature(module.units).parameters) == ["path"]
     assert list(inspect.signature(module.read).parameters) == ["unit", "counts", "columns", "start", "stop"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_nothing_of_a_folder_of_the_format_is_left(name: str) -> None:
+    """Outputs of LaMP and lists of Slack are read beside the units."""
+    assert shards.unread(name, [FIXTURES / name]) == []
 
 
 def test_unknown_format() -> None:

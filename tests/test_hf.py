@@ -196,9 +196,8 @@ def locate_offline(base: str, cache: Path) -> str:
     )
     root = str(Path(__file__).parents[1])
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PYTHONPATH": root}
-    return subprocess.run(
-        [sys.executable, "-c", code, base], env=env, capture_output=True, text=True, check=True
-    ).stdout
+    words = [sys.executable, "-c", code, base]
+    return subprocess.run(words, env=env, cwd=root, capture_output=True, text=True, check=True).stdout
 
 
 def test_locate_hub_cache(saved, tmp_path):
@@ -209,18 +208,19 @@ def test_locate_hub_cache(saved, tmp_path):
     (model / "refs").mkdir()
     (model / "refs" / "main").write_text("a" * 40)
     assert locate_offline("org/tiny", tmp_path / "cache") == f"hf {snapshot}\n"
-    said = locate_offline("org/other", tmp_path / "cache")
-    assert said.startswith("base 'org/other': no such folder here, not whole in the Hub's cache, and the Hub cannot be")
+    said = locate_offline("tests/planned.py", tmp_path / "cache")
+    assert said.startswith("base 'tests/planned.py': no folder of that name is here; a model of that name is not whole")
+    assert said.endswith("; did you mean 'planted.py'?\n")
 
 
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
         ("GatedRepoError", "access to this model is restricted; accept its terms at https://huggingface.co/org/model"),
-        ("RepositoryNotFoundError", "no such model on the Hugging Face Hub; check the spelling"),
+        ("RepositoryNotFoundError", "no folder of that name is here, and no such model on the Hugging Face Hub; check"),
         ("LocalEntryNotFoundError", "the Hub cannot be reached"),
         ("HFValidationError", "not a valid Hub name"),
-        ("OSError", "downloading from the Hugging Face Hub failed: broken"),
+        ("OSError", "no folder of that name is here, and downloading from the Hugging Face Hub failed: broken"),
     ],
 )
 def test_locate_hub_errors(kind, said, monkeypatch):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qaperso import config as configs
+from qaperso.data.batches import plan_batch
+from qaperso.data.contrast import contrast_masks, dialogue_keys
 from qaperso.data.plan import (
     Place,
     Plan,
@@ -21,6 +26,7 @@ from qaperso.data.plan import (
     shuffled_units,
     statistics,
 )
+from qaperso.step import DEAD_PARAMETER_STEPS
 from qaperso.types import RESPONDER, Example
 
 SLOW = settings(max_examples=80, deadline=None)
@@ -213,3 +219,21 @@ def test_statistics_written_out():
     examples = examples_of([(10, 1, 0, 0, 0, 0), (10, 1, 0, 0, 0, 1), (5, 1, 0, 0, 1, 2)])
     found = statistics(Plan(examples, Shape(3, 10, 5, 1), 0, 1), examples, 1)
     assert found == {"tokens": 25 / 30, "ceiling": 2 / 3, "partner": 1.0, "contrasted": 1.0}
+
+
+@pytest.mark.parametrize("name", ["qar_llama3_8b", "qar_llama3_70b", "qar_qwen2_5_7b", "qar_qwen3_8b"])
+def test_large_configurations_have_anchors_before_their_heads_are_looked_at(name):
+    """Without, training would stop: no gradient reached the heads."""
+    c = configs.load(Path(__file__).parents[1] / "configs" / f"{name}.py")
+    assert (c.qar.contrast, c.batch.accumulate) == ("in_batch", 1)
+    classes = helpers.setting().classes
+    shape = Shape(c.batch.rows, c.batch.length, c.batch.targets, c.batch.dialogues)
+    for count in (48, 120, 480):
+        examples, anchors = helpers.examples(0, count), 0
+        plan = Plan(examples, shape, c.seed, c.batch.queriers, c.batch.per_querier)
+        for number in range(DEAD_PARAMETER_STEPS):
+            contrast = plan_batch(plan, examples, number, 1, c.qar.drop_row, c.qar.contrast).contrast
+            keys = dialogue_keys(contrast.label.ravel(), contrast.text.ravel(), classes)
+            positives, candidates = contrast_masks(keys, keys)
+            anchors += int((positives.any(1) & (candidates & ~positives).any(1)).sum())
+        assert anchors >= c.batch.rows

@@ -159,6 +159,7 @@ VARIANTS = [
 def test_every_variant_loads(name: str) -> None:
     found = configs.load(ROOT / name)
     assert found.batch.length == 640 and found.mesh.fsdp != 1
+    assert (found.qar.contrast, found.qar.drop_row) == ("prototypes", 0.15)
 
 
 PLANS = json.loads((ROOT / "docs" / "evidence" / "plans.json").read_text(encoding="utf-8"))

@@ -250,6 +250,23 @@ def test_truncated_shard(made, tmp_path):
         (["--dev", "1.5"], ["dev: found 1.5"]),
         (["--by-time"], ["found no time, expected one to split by time"]),
         (["--pseudonyms", "/dev/null"], ["found a secret of 0 characters, expected 16 or more"]),
+        (
+            ["--pseudonyms", "gone"],
+            ["--pseudonyms gone: found no readable file (No such file", "with a secret", "check"],
+        ),
+        (
+            ["--aliases", "gone"],
+            ["--aliases gone: found no readable file (No such file", "lines ALIAS,NAME; check the path"],
+        ),
+        (["--aliases", "/"], ["--aliases /: found no readable file (Is a directory)"]),
+        (["--silence", "-1"], ["--silence is -1.0, expected hours, or 0 for never"]),
+        (["--silence", "nan"], ["--silence is nan, expected hours, or 0 for never"]),
+        (["--min-per-querier", "-1"], ["--min-per-querier is -1, expected a number of replies, 0 or more"]),
+        (["--duplicates", "-0.8"], ["--duplicates is -0.8, expected a similarity from 0.8 to 1, or 0 to keep all"]),
+        (["--dev", "-0.1"], ["--dev is -0.1, expected a share from 0"]),
+        (["--test", "-0.1"], ["--test is -0.1, expected a share from 0"]),
+        (["--unseen", "-0.1"], ["--unseen is -0.1, expected a share from 0"]),
+        (["--seed", "-1"], ["--seed is -1, expected a whole number, 0 or more"]),
         (["--encoder", "absent"], ["absent"]),
     ],
 )
@@ -265,6 +282,48 @@ def test_paths_of_two_formats(made, tmp_path):
     assert code == 2 and "found jsonl" in err and "expected scenes like" in err
     code, _, err = tiny.call(prepare.main, "--input", tmp_path / "gone", "--output", tmp_path / "out")
     assert code == 2 and "found nothing there" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "mend"),
+    [
+        (("train", "test"), "expected at least 1 to fill dev; give --dev 0, or add groups"),
+        (("train", "train"), "expected at least 2 to fill dev, test; give --dev 0 --test 0, or add groups"),
+        (("train", None), "found 1 groups without a split"),
+        (("train", None), "expected at least 2 to fill dev, test; give --dev 0, or add groups"),
+        (("dev", "test"), "expected at least 1 to fill train; add groups"),
+    ],
+)
+def test_given_splits_that_lack_one(tmp_path, given, mend):
+    source = write(tmp_path / "in.jsonl", [canonical(i, split) for i, split in enumerate(given)])
+    assert mend in refused(source, tmp_path / "out")
+
+
+def test_files_of_another_format(tmp_path):
+    """They are named and counted; a folder of one format is told nothing of them."""
+    folder = tmp_path / "in"
+    write(folder / "scenes.jsonl", scenes())
+    write(folder / ".hidden" / "notes.txt", ["notes"])
+    write(folder / ".notes.txt", ["notes"])
+    code, out, err = call(folder, tmp_path / "alone")
+    assert code == 0 and "not read" not in out + err + (tmp_path / "alone" / "stats.json").read_text()
+    for name in ("b/chat.txt", "a.txt"):
+        write(folder / name, ["1/2/24, 10:00 - Ann: Are you open?"])
+    code, out, err = call(folder, tmp_path / "mixed")
+    assert code == 0, err
+    assert (
+        "files not read as scenes: 2, first a.txt; prepare other formats apart\n" in err
+        and "files not read: 2\n" in out
+    )
+    mixed, alone = stats_of(tmp_path / "mixed"), stats_of(tmp_path / "alone")
+    assert mixed["counts"].pop("files not read") == 2
+    assert mixed["dropped"].pop("files not read") == ["a.txt", "b/chat.txt"]
+    assert mixed == alone and prepared.read(tmp_path / "mixed") == prepared.read(tmp_path / "alone")
+    # Their names may be those of people.
+    (tmp_path / "secret").write_text("a secret that nobody guesses")
+    assert call(folder, tmp_path / "hidden", "--pseudonyms", str(tmp_path / "secret"))[0] == 0
+    assert stats_of(tmp_path / "hidden")["counts"]["files not read"] == 2
+    assert "a.txt" not in (tmp_path / "hidden" / "stats.json").read_text()
 
 
 # What the options do.

@@ -14,7 +14,7 @@ from qaperso.data import duplicates, splits
 from qaperso.data.shards import Columns
 from qaperso.errors import UserError, nearest
 
-# Dropped dialogues whose ids the statistics list.
+# Dropped dialogues whose ids, and unread files whose names, the statistics list.
 LISTED = 20
 
 
@@ -94,7 +94,7 @@ def _per_split(names: Sequence[str], split: np.ndarray) -> dict[str, collections
     return counts
 
 
-def merge(shards: Sequence[Columns], files: Sequence[Path], rules: Merging) -> Merged:
+def merge(shards: Sequence[Columns], files: Sequence[Path], rules: Merging, unread: Sequence[str] = ()) -> Merged:
     """Decides which dialogues are kept, and their splits (ours).
 
     In this order: a dialogue whose id and text are there already is dropped; near-duplicates of one querier and responder
@@ -105,6 +105,7 @@ def merge(shards: Sequence[Columns], files: Sequence[Path], rules: Merging) -> M
       shards: what was read, in order.
       files: of the shards; their signatures lie beside them.
       rules: see `Merging`.
+      unread: files of the input that are in no shard; they are counted and listed with what is dropped.
 
     Raises:
       UserError: an unknown responder, nothing left, two dialogues of one id, splits that cannot be drawn, or a leak.
@@ -115,6 +116,9 @@ def merge(shards: Sequence[Columns], files: Sequence[Path], rules: Merging) -> M
         counts.update(own.counts)
     _check_responders(whole, frozenset().union(*(s.speakers for s in shards)), rules.responders)
     dropped: dict[str, list[str]] = {}
+    if unread:
+        counts["files not read"] = len(unread)
+        dropped["files not read"] = list(unread[:LISTED])
 
     def drop(reason: str, keep: np.ndarray, flags: np.ndarray) -> np.ndarray:
         gone = keep[~flags]

@@ -104,6 +104,23 @@ def read_tasks(reading: Reading, paths: list[Path], folder: Path) -> list[ReadTa
     return tasks
 
 
+def unread(format: str, paths: list[Path]) -> list[str]:
+    """Files in folders of the input that the format's reader leaves alone, as they are called there, sorted.
+
+    Hidden files do not count, nor what a reader looks up beside its units (`beside`, of a format that has it).
+    """
+    module = formats.load(format)
+    beside = getattr(module, "beside", lambda unit: ())
+    units = [unit for path in paths for unit in module.units(path)]
+    read = {file.resolve() for unit in units for file in (unit, *beside(unit))}
+    inside = {(file.relative_to(path), file) for path in paths if path.is_dir() for file in path.rglob("*")}
+    return sorted(
+        name.as_posix()
+        for name, file in inside
+        if not any(part.startswith(".") for part in name.parts) and file.is_file() and file.resolve() not in read
+    )
+
+
 def read_shard(task: ReadTask) -> Columns:
     """Reads, cleans and cuts one unit; leaves its dialogues and their MinHash signatures in files."""
     reading, counts = task.reading, collections.Counter()

@@ -339,9 +339,13 @@ def _given(
     empty = [split for split in _SHARED if share[split] > 0 and not filled[split]]
     free = [group for group in size if group not in chosen]
     if len(free) < len(empty):
+        # As few shares as have to be 0; training's cannot.
+        lacking = len(empty) - len(free)
+        zero = [f"--{split} 0" for split in empty if split != "train"][:lacking]
+        mend = f"give {' '.join(zero)}, or add groups" if len(zero) == lacking else "add groups"
         raise UserError(
             f"splits: found {len(free)} groups without a split (those with equal dialogue texts count as one), expected"
-            f" at least {len(empty)} to fill {', '.join(empty)}; add groups or set the fraction of a split to 0"
+            f" at least {len(empty)} to fill {', '.join(empty)}; {mend}"
         )
     return size, chosen, filled, free
 

@@ -62,12 +62,16 @@ def locate(base: str) -> Location:
         return _classify(path, base)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", base) and not base.endswith((".gguf", ".safetensors", ".json")):
         return _classify(_download(base), base)
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    hint = nearest(path.name, siblings) if siblings else f"; there is no folder {path.parent} either"
+    hint = _siblings(path) or f"; there is no folder {path.parent} either"
     raise UserError(
         f"base '{base}': no such file or folder{hint} (expected 'random', a path, 'package:NAME/FILE' or "
         "'organisation/name' on the Hugging Face Hub)"
     )
+
+
+def _siblings(path: Path) -> str:
+    """What is there in place of a path, as `nearest` says it; "" where its folder is not there or empty."""
+    return nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
 def _classify(path: Path, base: str) -> Location:
@@ -104,6 +108,7 @@ def _download(name: str) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
+    missing, hint = f"base '{name}': no folder of that name is here", _siblings(Path(name).expanduser())
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(DOWNLOAD), ignore_patterns=["*/*"]))
     except errors.HFValidationError as error:
@@ -115,13 +120,13 @@ def _download(name: str) -> Path:
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"base '{name}': no such folder here and no such model on the Hugging Face Hub; check the spelling, or, if "
-            "the model is private, log in with `hf auth login`"
+            f"{missing}, and no such model on the Hugging Face Hub; check the spelling, or, if the model is private, log "
+            f"in with `hf auth login`{hint}"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise UserError(
-            f"base '{name}': no such folder here, not whole in the Hub's cache, and the Hub cannot be reached (offline, "
-            "or HF_HUB_OFFLINE is set); download it where there is a connection, or give a folder"
+            f"{missing}; a model of that name is not whole in the Hub's cache, and the Hub cannot be reached (offline, or "
+            f"HF_HUB_OFFLINE is set); give a folder, or download the model where there is a connection{hint}"
         ) from error
     except Exception as error:  # The connection, the server or the disk fails with errors of several libraries.
-        raise UserError(f"base '{name}': downloading from the Hugging Face Hub failed: {error}") from error
+        raise UserError(f"{missing}, and downloading from the Hugging Face Hub failed: {error}{hint}") from error

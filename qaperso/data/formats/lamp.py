@@ -264,6 +264,11 @@ def written(value: Any, place: str) -> str:
     return as_text(value, place)
 
 
+def beside(unit: Path) -> list[Path]:
+    """What is read with a questions file, where it is there."""
+    return [_outputs(unit)]
+
+
 def _outputs(unit: Path) -> Path:
     """Where the golds of a questions file are."""
     return unit.with_name(unit.name.replace("questions", "outputs"))

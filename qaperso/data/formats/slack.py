@@ -56,6 +56,15 @@ def units(path: Path) -> list[Path]:
     return sorted(folders, key=Path.as_posix)
 
 
+def beside(unit: Path) -> list[Path]:
+    """A channel's daily files, and the export's lists, where they are there."""
+    return [*_days(unit), *(unit.parent / name for name in ("users.json", *_LISTS))]
+
+
+def _days(unit: Path) -> list[Path]:
+    return sorted(file for file in unit.glob("*.json") if _DAY.fullmatch(file.name))
+
+
 def read(
     unit: Path,
     counts: collections.Counter[str],
@@ -88,7 +97,7 @@ def read(
     """
     names, bots = _users(unit.parent / "users.json")
     channels = _channels(unit.parent)
-    days = sorted(file for file in unit.glob("*.json") if _DAY.fullmatch(file.name))
+    days = _days(unit)
     talk: list[tuple[float, Message]] = []
     threads: dict[str, list[tuple[float, Message]]] = {}
     firsts: dict[str, tuple[float, Message]] = {}
