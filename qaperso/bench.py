@@ -148,17 +148,31 @@ def load_suite(path: Path) -> Suite:
 
 
 def cells(suite: Suite, folder: Path) -> list[Cell]:
-    """Every run of a suite in the order they are made: those that others start from, then seed by seed."""
+    """Every run of a suite in the order they are made: those that others start from, then seed by seed.
+
+    Raises:
+      UserError: an override names a run that the suite does not have.
+    """
     places = {name: folder / f"before-{_slug(name)}" for name in suite.before}
     found = [Cell("", 0, places[name], words[0], words[1:]) for name, words in suite.before.items()]
     for seed in suite.seeds:
         for method, (config, *overrides) in suite.methods.items():
             if method in suite.once and seed != suite.seeds[0]:
                 continue
-            filled = [text.format(**{k: str(v) for k, v in places.items()}) for text in overrides]
+            filled = [_filled(text, places) for text in overrides]
             place = folder / f"{_slug(method)}-{seed}"
             found.append(Cell(method, seed, place, config, (*filled, f"seed={seed}")))
     return found
+
+
+def _filled(text: str, places: Mapping[str, Path]) -> str:
+    try:
+        return text.format(**{name: str(place) for name, place in places.items()})
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"the suite has an override '{text}', in which {{NAME}} must be one of its runs of `before` "
+            f"({', '.join(places) or 'it has none'}); write {{{{ and }}}} for braces"
+        ) from error
 
 
 def _slug(name: str) -> str:

@@ -332,6 +332,12 @@ def _check(config: ConfigDict) -> None:
             raise UserError(f"config.sharding holds {rule!r}, expected pairs of a regex and a mesh axis")
     if config.method in ("prompts", "dpl") and (config.compat or config.trainable != "adapters"):
         raise UserError(f"config.method='{config.method}' needs compat='' and trainable='adapters': it trains nothing")
+    shown = config.method == "dpl" or (config.method == "prompts" and config.prompts.kind != "zero_shot")
+    if shown and config.prompts.tokens >= config.batch.length:
+        raise UserError(
+            f"config.prompts.tokens is {config.prompts.tokens}, which leaves nothing of batch.length={config.batch.length} "
+            "to the dialogue itself; raise batch.length by as much"
+        )
     if config.quantize and config.trainable == "all":
         raise UserError(
             f"config.quantize='{config.quantize}' needs trainable='adapters': a base that is trained is float32; set one of the two"

@@ -117,11 +117,11 @@ def told(data: bytes) -> bytes:
 def start_runtime(alone: bool = False) -> None:
     """Joins the other processes where there are any, and switches the compile cache on.
 
-    Args:
-      alone: the command is one of a single process.
-
     A launcher says who they are (`JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID`, see `qaperso.launch`), or
     only that there are some (`QAPERSO_DISTRIBUTED=1`), and JAX asks the machine: Cloud TPU slices, GKE and SLURM know.
+
+    Args:
+      alone: the command is one of a single process.
 
     Raises:
       UserError: those variables are not all there, or are no numbers; or they are, and the command wants to be alone.

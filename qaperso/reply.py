@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from qaperso import generate
 from qaperso.batching import Batcher, Model
 from qaperso.data import paper
-from qaperso.data.text import Encoded, encode_prompt, reserve
+from qaperso.data.text import Encoded, encode_prompt
 from qaperso.errors import UserError
 from qaperso.generate import Sampling
 from qaperso.run import Run
@@ -29,11 +29,12 @@ def make_prompt(run: Run, dialogue: Dialogue) -> Encoded:
         e, _ = paper.encode_eval(*how, [*turns, Turn(dialogue.responder, "")], dialogue.responder, length)
         e = None if e.cut else e  # it cuts the end off, where the reply is to stand
     else:
-        bounds = dict(length=length - run.places, names=names, preface=run.preface(dialogue))
-        e = encode_prompt(*how, turns, dialogue.responder, **bounds)
-        e = None if e is None else reserve(e, run.places, run.columns(dialogue))
+        e = encode_prompt(*how, turns, dialogue.responder, length=run.room, names=names, front=run.front(dialogue))
     if e is None:
-        raise UserError(f"a query is longer than batch.length={length} tokens: {turns[-1].text[:60]!r}...; shorten it")
+        kept = "" if run.room == length else f", of which {run.room} are the dialogue's"
+        raise UserError(
+            f"a query is longer than batch.length={length} tokens{kept}: {turns[-1].text[:60]!r}...; shorten it"
+        )
     return e
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,10 +26,10 @@ from qaperso.data.plan import Shape
 from qaperso.data.store import Registry, Store, without
 from qaperso.data.text import (
     Encoded,
+    Front,
     Template,
     Tokenizer,
     encode_dialogue,
-    reserve,
     scored_turns,
     template_of,
     turn_size,
@@ -118,32 +117,32 @@ class Run:
             fits = found is not None and found.predicted.sum() <= batch.targets
             return [dataclasses.replace(found, replies=1)] if fits else []
         asked = scored_turns(turns, responder, dialogue.replies, labels)
-        told = [(self.preface(past or dialogue, i), self.columns(past or dialogue, i), i) for i in asked]
-        result = []
-        # Replies next to each other that see the same preface and columns share sequences.
-        for _, parts in itertools.groupby(told, key=lambda t: (t[0], {k: c.tobytes() for k, c in t[1].items()})):
-            same = list(parts)
-            preface, columns, _ = same[0]
-            group = [i for *_, i in same]
-            sequences = encode_dialogue(
-                self.tokenizer,
-                self.template,
-                turns[: group[-1] + 1],
-                responder,
-                length=batch.length - self.places,
-                targets=batch.targets,
-                replies=group,
-                context=data.context,
-                names=data.names,
-                preface=preface,
-            )
-            result += [reserve(e, self.places, columns) for e in sequences]
-        return result
+        return encode_dialogue(
+            self.tokenizer,
+            self.template,
+            turns[: asked[-1] + 1] if asked else (),
+            responder,
+            length=self.room,
+            targets=batch.targets,
+            replies=asked,
+            context=data.context,
+            names=data.names,
+            fronts=[self.front(past or dialogue, i) for i in asked],
+        )
 
     @property
     def places(self) -> int:
         """How many soft tokens stand before each dialogue's own tokens."""
         return self.reader.places if self.reader else 0
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a row a dialogue's own turns may take: what its method puts before them has the others."""
+        return self.config.batch.length - self.places - self.method.preface_tokens(self.setting)
+
+    def front(self, dialogue: Dialogue, reply: int = -1) -> Front:
+        """What the method puts before a dialogue of which turn number `reply` is asked for; that turn is blank."""
+        return Front(self.preface(dialogue, reply), self.places, self.columns(dialogue, reply))
 
     def preface(self, dialogue: Dialogue, reply: int = -1) -> tuple[Turn, ...]:
         """What the method puts before a dialogue of which turn number `reply` is asked for; that turn is blank."""

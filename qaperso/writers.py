@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from qaperso import batching, generate
 from qaperso.batching import Batcher, Model
-from qaperso.data.text import Encoded, encode_prompt
+from qaperso.data.text import Encoded, Front, encode_prompt
 from qaperso.endpoint import Address, Cache, Completion, Endpoint, Messages, complete_all, digest, from_environment
 from qaperso.errors import UserError
 from qaperso.generate import Sampling
@@ -87,10 +87,10 @@ def prompt_of(run: Run, messages: Messages) -> Encoded:
     """
     length = run.setting.model.max_position - run.config.dpl.new_tokens
     turns = [Turn(m["role"], m["content"]) for m in messages]
-    system = [turn for turn in turns if turn.speaker == "system"]
+    front = Front(tuple(turn for turn in turns if turn.speaker == "system"))
     asked = [turn for turn in turns if turn.speaker != "system"]
-    found = encode_prompt(run.tokenizer, run.template, asked, "assistant", length=length, preface=system)
-    if found is None or found.cut:
+    found = encode_prompt(run.tokenizer, run.template, asked, "assistant", length=length, front=front)
+    if found is None or found.cut or len(found.tokens) > length:
         raise UserError(
             f"a question of config.method='{run.config.method}' and its answer take more than the {length} tokens that the "
             "base reads; lower dpl.words, dpl.representatives, dpl.new_tokens or prompts.examples"

@@ -55,6 +55,14 @@ def test_cells_come_base_first_then_seed_by_seed(suite_file: Path) -> None:
     assert found[2].overrides == (f"base={base}", "steps=7", "seed=0")
 
 
+@pytest.mark.parametrize("override", ["base={bse}", "base={}", "base={base"])
+def test_an_override_that_names_no_run(suite_file: Path, override: str) -> None:
+    suite_file.write_text(TEXT.replace('"base={base}", "steps=7"', f'"{override}"'), encoding="utf-8")
+    with pytest.raises(UserError, match=r"must be one of its runs of `before` \(base\)") as caught:
+        bench.cells(bench.load_suite(suite_file), Path("runs"))
+    assert f"'{override}'" in str(caught.value)
+
+
 def test_what_trains_nothing_is_run_once_and_compared_with_every_seed(suite_file: Path) -> None:
     suite_file.write_text(TEXT.replace("        seeds=", '        once=("LoRA",),\n        seeds='), encoding="utf-8")
     suite = bench.load_suite(suite_file)

@@ -84,6 +84,7 @@ def test_override_takes_the_type_of_the_default(plain, override, key, value):
         ("prompts.examples=0", r"config\.prompts\.examples is 0, expected more than 0"),
         ("prompts.tokens=-1", r"config\.prompts\.tokens is -1, expected more than 0"),
         ("steps=0", r"config\.steps is 0, expected more than 0"),
+        ("method=dpl", r"config\.prompts\.tokens is 256, which leaves nothing of batch\.length=256 to the dialogue"),
         ("batch.rows=-4", r"config\.batch\.rows is -4, expected more than 0"),
         ("model.kv_heads=0", r"config\.model\.kv_heads is 0, expected more than 0"),
         ("seed=-1", r"config\.seed is -1, expected 0 or more"),

@@ -88,7 +88,7 @@ def test_a_script_will_do(folder: Path, tmp_path: Path) -> None:
 
 def test_a_run_without_rows_knows_them_by_their_history(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    trained(TINY, folder, "method=prompts", "prompts.kind=history")
+    trained(TINY, folder, "method=prompts", "prompts.kind=history", "prompts.tokens=60")
     file = lines_of(renamed(town(folder, "pip", 2), "zita"), tmp_path / "zita.jsonl")
     before = run.open_run(folder)
     asked = {name: reply.question(before, [], name, "well?", "maren") for name in ("zita", "pip")}

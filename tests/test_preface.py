@@ -1,4 +1,4 @@
-"""What stands before a dialogue: in each of its sequences, never learned, cut only where nothing else can be."""
+"""What stands before a dialogue: in each of its sequences, never learned, and no reason to show fewer or more of its turns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from test_text import CHATML, END, ID, LLAMA, NEWLINE, START, WORD, known_text, long_talk, replies_of
 
 from qaperso import methods, reply
-from qaperso.data.text import called, encode_dialogue, encode_prompt, template_of, turn_size
+from qaperso.data.text import Front, called, encode_dialogue, encode_prompt, template_of, turn_size
 from qaperso.types import QUERIER, RESPONDER, TEMPLATE, Dialogue, Turn
 
 some_turns = st.lists(st.builds(Turn, st.sampled_from(["ann", "bo", "user"]), known_text), max_size=3)
+# What the method of `opened` may put before a dialogue.
+TOLD = 20
 TALK = [Turn("ann", "hello"), Turn("bo", "you"), Turn("ann", "who are"), Turn("bo", ".")]
 
 
@@ -27,7 +29,7 @@ def spelled(turn: Turn) -> list[int]:
 
 def test_preface_written_out() -> None:
     preface = [Turn("user", "hello you"), Turn("bo", "are")]
-    (e,) = encode_dialogue(WORD, CHATML, TALK, "bo", length=99, preface=preface)
+    (e,) = encode_dialogue(WORD, CHATML, TALK, "bo", length=99, fronts=[Front(tuple(preface))])
     told = [t for turn in preface for t in spelled(turn)]
     (plain,) = encode_dialogue(WORD, CHATML, TALK, "bo", length=99)
     assert e.tokens.tolist() == [*told, *plain.tokens.tolist()] and e.cut == 0
@@ -40,85 +42,77 @@ def test_preface_written_out() -> None:
 
 
 def test_the_beginning_of_a_sequence_stays_the_first_token() -> None:
-    (e,) = encode_dialogue(LLAMA, template_of(LLAMA), TALK, "bo", length=99, preface=[Turn("user", "hello")])
+    front = Front((Turn("user", "hello"),))
+    (e,) = encode_dialogue(LLAMA, template_of(LLAMA), TALK, "bo", length=99, fronts=[front])
     (plain,) = encode_dialogue(LLAMA, template_of(LLAMA), TALK, "bo", length=99)
     (alone,) = encode_dialogue(LLAMA, template_of(LLAMA), [Turn("user", "hello")], "user", length=99)
     assert e.tokens.tolist() == [*alone.tokens.tolist(), *plain.tokens.tolist()[1:]]
 
 
-def test_cuts_written_out() -> None:
-    """Turns of 6, 6, 7 and 6 tokens after a preface of 7 and 6."""
-    preface = [Turn("user", "hello you"), Turn("bo", "are")]
-    told = [t for turn in preface for t in spelled(turn)]
+def test_old_turns_go_as_they_would_without_a_preface() -> None:
+    """Turns of 6, 6, 7 and 6 tokens after a preface of 7 and 6, which takes none of their room."""
+    front = Front((Turn("user", "hello you"), Turn("bo", "are")))
+    told = [t for turn in front.preface for t in spelled(turn)]
     (plain,) = encode_dialogue(WORD, CHATML, TALK, "bo", length=99)
     said = plain.tokens.tolist()
 
     def cut(length: int) -> tuple[list[int], int]:
-        (e,) = encode_dialogue(WORD, CHATML, TALK, "bo", length=length, preface=preface)
+        (e,) = encode_dialogue(WORD, CHATML, TALK, "bo", length=length, fronts=[front])
         return e.tokens.tolist(), e.cut
 
-    assert cut(38) == (told + said, 0)
-    assert cut(37) == (told + said[6:], 6)
-    assert cut(26) == (told + said[12:], 12)
-    # Now the query and the reply alone are too long beside it: it loses its first words, then its first turn.
-    assert cut(25) == ([*told[:3], *told[4:], *said[12:]], 13)
-    assert cut(24) == (told[7:] + said[12:], 12 + 7)
-    assert cut(19) == (told[7:] + said[12:], 12 + 7)
-    assert cut(18) == (said[12:], 12 + 13)
-    assert cut(13) == (said[12:], 12 + 13)
-    assert encode_dialogue(WORD, CHATML, TALK, "bo", length=12, preface=preface) == []
+    assert cut(25) == (told + said, 0)
+    assert cut(24) == (told + said[6:], 6)
+    assert cut(13) == (told + said[12:], 12)
+    assert encode_dialogue(WORD, CHATML, TALK, "bo", length=12, fronts=[front]) == []
 
 
 @settings(max_examples=120, deadline=None)
 @given(
     turns=long_talk,
-    preface=some_turns,
+    prefaces=st.lists(some_turns.map(tuple), min_size=1, max_size=3),
+    places=st.integers(0, 2),
     length=st.integers(10, 80),
     targets=st.integers(1, 30),
     context=st.integers(0, 4),
 )
-def test_a_preface_costs_old_turns_and_no_reply(
-    turns: list[Turn], preface: list[Turn], length: int, targets: int, context: int
+def test_replies_see_the_same_turns_whatever_stands_before_them(
+    turns: list[Turn], prefaces: list[tuple[Turn, ...]], places: int, length: int, targets: int, context: int
 ) -> None:
     replies = replies_of(turns)
+    # Two replies alike, the next two with another preface.
+    which = [k // 2 % len(prefaces) for k in range(len(replies))]
+    fronts = [Front(prefaces[w], places, {"which": np.int32(w)}) for w in which]
     how = dict(length=length, targets=targets, replies=replies, context=context)
     plain = encode_dialogue(WORD, CHATML, turns, "bo", **how)
-    found = encode_dialogue(WORD, CHATML, turns, "bo", preface=preface, **how)
-    assert sum(e.replies for e in found) == sum(e.replies for e in plain)
-    learned = [e.tokens[e.predicted].tolist() for e in plain]
-    assert [t for e in found for t in e.tokens[e.predicted]] == [t for tokens in learned for t in tokens]
-    (whole,) = encode_dialogue(WORD, CHATML, turns, "bo", length=10**6)
-    told = [t for turn in preface for t in spelled(turn)]
-    starts = np.cumsum([0, *(len(spelled(turn)) for turn in turns)]).tolist()
-    for e in found:
-        assert len(e.tokens) <= length
-        tokens = e.tokens.tolist()
-        if tokens[: len(told)] == told and _is_stretch(tokens[len(told) :], whole.tokens.tolist(), starts):
-            continue
-        # It was shortened, so what follows is one query and what it was answered.
-        assert e.replies == 1
-        first = int(np.flatnonzero(e.predicted)[0]) - 3
-        assert tokens[first] == START
-        asked = [i for i in replies if tokens[first:] == spelled(turns[i])]
-        assert any(tokens[-len(body) :] == body for i in asked for body in [_asked(turns, i)])
-        assert len(tokens) + max(turn_size(WORD, CHATML, turn) for turn in preface) > length
-
-
-def _is_stretch(tokens: list[int], whole: list[int], starts: list[int]) -> bool:
-    return any(tokens == whole[i : i + len(tokens)] for i in starts)
-
-
-def _asked(turns: list[Turn], reply: int) -> list[int]:
-    """The tokens from a reply's query to its end."""
-    query = next((i for i in range(reply - 1, -1, -1) if turns[i].speaker == "ann"), reply)
-    return [t for turn in turns[query : reply + 1] for t in spelled(turn)]
+    found = encode_dialogue(WORD, CHATML, turns, "bo", fronts=fronts, **how)
+    assert sum(e.cut for e in found) == sum(e.cut for e in plain)
+    parts = iter(found)
+    for shared in plain:
+        # The sequences that it has become show its turns from the first on, and predict its labels one after the other.
+        left, predicted = shared.replies, np.zeros(len(shared.tokens), bool)
+        while left:
+            e = next(parts)
+            told = [0] * places + [t for turn in prefaces[e.columns["which"]] for t in spelled(turn)]
+            n = len(told)
+            own = len(e.tokens) - n
+            assert e.tokens[:n].tolist() == told
+            assert own <= length and set(e.role[:n].tolist()) <= {TEMPLATE} and not e.predicted[:n].any()
+            np.testing.assert_array_equal(e.tokens[n:], shared.tokens[:own])
+            np.testing.assert_array_equal(e.role[n:], shared.role[:own])
+            assert not (predicted[:own] & e.predicted[n:]).any()
+            predicted[:own] |= e.predicted[n:]
+            left -= e.replies
+        np.testing.assert_array_equal(predicted, shared.predicted)
+        assert left == 0
+    assert next(parts, None) is None
 
 
 @settings(max_examples=60, deadline=None)
 @given(turns=long_talk, preface=some_turns)
 def test_the_prompt_is_the_dialogue_s_beginning(turns: list[Turn], preface: list[Turn]) -> None:
-    (whole,) = encode_dialogue(WORD, CHATML, turns, "bo", length=10**6, preface=preface)
-    prompt = encode_prompt(WORD, CHATML, turns[:-1], "bo", length=10**6, preface=preface)
+    front = Front(tuple(preface))
+    (whole,) = encode_dialogue(WORD, CHATML, turns, "bo", length=10**6, fronts=[front])
+    prompt = encode_prompt(WORD, CHATML, turns[:-1], "bo", length=10**6, front=front)
     n = len(prompt.tokens)
     np.testing.assert_array_equal(prompt.tokens, whole.tokens[:n])
     np.testing.assert_array_equal(prompt.role, whole.role[:n])
@@ -147,7 +141,7 @@ def opened() -> tuple[Any, list[Dialogue]]:
         seen.append(dialogue)
         return [Turn("system", dialogue.query)]
 
-    method.preface = preface
+    method.preface, method.preface_tokens = preface, lambda setting: TOLD
     return dataclasses.replace(run, method=method), seen
 
 
@@ -165,13 +159,12 @@ def test_replies_that_see_the_same_preface_share_a_sequence(opened: tuple[Any, l
     d = long_dialogue()
     found = run.encode(d)
     assert [e.replies for e in found] == [2, 1, 1]
-    parts = []
-    for end, replies in ((2, [1, 2]), (4, [4]), (6, [6])):
-        query = Turn("system", d.turns[3 if end == 4 else 0].text)
-        turns = d.turns[: end + 1]
-        how = dict(length=run.config.batch.length, replies=replies, preface=[query])
-        parts += encode_dialogue(run.tokenizer, run.template, turns, "maren", **how)
-    for e, expected in zip(found, parts, strict=True):
+    assert run.room == run.config.batch.length - TOLD
+    for e, end, replies in zip(found, (2, 4, 6), ([1, 2], [4], [6]), strict=True):
+        fronts = [Front((Turn("system", d.turns[3 if end == 4 else 0].text),))] * len(replies)
+        (expected,) = encode_dialogue(
+            run.tokenizer, run.template, d.turns[: end + 1], "maren", length=run.room, replies=replies, fronts=fronts
+        )
         np.testing.assert_array_equal(e.tokens, expected.tokens)
         np.testing.assert_array_equal(e.predicted, expected.predicted)
     # Nobody is shown the reply that is asked for, nor anything after it.

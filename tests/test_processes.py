@@ -1,4 +1,4 @@
-"""One, two and four processes make the same global batches, from any step on."""
+"""One, two and four processes make the same global batches, from any step on, and gather what is scattered over them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from qaperso.data.plan import Plan, Shape
 DEVICES, STEPS, START = 4, 6, 3
 SHAPE = Shape(4, 32, 24, 3)
 RULE = (2, 0.5, "in_batch")
+# Seven entries, the last part of two is a single one.
+GATHERED = np.arange(7 * 8 * 3, dtype=np.float32).reshape(7, 8, 3)
 
 
 def plan() -> Plan:
@@ -28,7 +30,8 @@ def plan() -> Plan:
 
 def main(folder: Path, start: int) -> None:
     """What each process does: saves the rows of every batch that lie on its own devices."""
-    from qaperso.mesh import make_mesh, put_batch, start_runtime
+    from qaperso import mesh as mesh_module
+    from qaperso.mesh import host_copy, make_mesh, put_batch, start_runtime
 
     start_runtime()
     mesh, me = make_mesh(DEVICES, 1, 1), jax.process_index()
@@ -39,6 +42,12 @@ def main(folder: Path, start: int) -> None:
                 np.savez(
                     folder / f"{step}.{name.replace('/', '-')}.{me}.{k}.npz", at=rows, value=np.asarray(shard.data)
                 )
+    # Gathered whole, in parts of one, two or all entries of the first dimension.
+    for entries in (1, 2, len(GATHERED)):
+        mesh_module.PART = entries * GATHERED[0].nbytes
+        back = host_copy(put_batch({"x": GATHERED, "small": GATHERED[0, :3]}, mesh, 1))
+        np.testing.assert_array_equal(back["x"], GATHERED)
+        np.testing.assert_array_equal(back["small"], GATHERED[0, :3])
 
 
 def run(folder: Path, processes: int, start: int) -> None:

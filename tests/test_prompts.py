@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TINY, arguments, call, contents, one_device, record, trained  # noqa: F401
 
-from qaperso import arrays, chat, checkpoint, evaluate, methods, run, train
+from qaperso import arrays, chat, checkpoint, evaluate, methods, reply, run, train
 from qaperso import config as configs
 from qaperso.data import load
 from qaperso.data.store import Store, make_store
+from qaperso.data.text import turn_size
 from qaperso.errors import UserError
 from qaperso.eval import awareness, scores
 from qaperso.methods import Setting, prompts
@@ -240,6 +241,36 @@ def test_swapping_the_querier_swaps_the_preface(kind: str) -> None:
         assert opened.preface(other) == opened.preface(theirs)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "zero_shot"])
+def test_every_kind_shows_the_same_turns(kind: str) -> None:
+    """A reply sees what it sees in zero-shot, and is asked for after the same turns, whatever stands before them."""
+    bare, store, _ = untrained.opened(method="prompts", batch__length=90)
+    told, _, _ = untrained.opened(method="prompts", prompts__kind=kind, prompts__tokens=60, batch__length=150)
+    querier = store.dialogues[store.split("dev")[0]].querier
+    said = ("is there any bread ?", "aye", "who sells bread ?", "nobody that i know of", "why ?", "aye aye aye")
+    turns = tuple(Turn(("maren" if i % 2 else querier), text) for i, text in enumerate(4 * said))
+    d = Dialogue("x", "maren", querier, turns, "g", replies=(*range(1, len(turns), 2),), split="dev")
+
+    def before(opened: run.Run) -> list[int]:
+        """How many tokens stand before the turns of each reply."""
+        how = opened.tokenizer, opened.template
+        return [sum(turn_size(*how, turn) for turn in opened.preface(d, i)) for i in d.replies]
+
+    def shown(opened: run.Run) -> list[list[int]]:
+        """The turns that each reply sees, up to its own end."""
+        found = [
+            (e.tokens, int(end) + 1)
+            for e in opened.encode(d)
+            for end in np.flatnonzero(e.predicted & ~np.append(e.predicted[1:], False))
+        ]
+        return [tokens[n:end].tolist() for n, (tokens, end) in zip(before(opened), found, strict=True)]
+
+    assert len(bare.encode(d)) > 1 and not any(before(bare)) and all(before(told))
+    assert shown(told) == shown(bare)
+    asked, plain = (reply.make_prompt(opened, d).tokens.tolist() for opened in (told, bare))
+    assert asked[before(told)[-1] :] == plain
+
+
 def test_zero_shot_is_the_base() -> None:
     """What plain LoRA scores before its first step."""
     opened, store, trainable = untrained.opened(method="prompts")
@@ -263,7 +294,7 @@ def test_from_command_to_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert dev == (0, first["dev_nll"]) and first["step"] == 0 and math.isfinite(first["dev_nll"])
     before = contents(folder)
     assert trained(TINY, folder, *how) == out and contents(folder) == before
-    code, _, err = call(train.main, *arguments(TINY, folder, "method=prompts", "prompts.kind=history"))
+    code, _, err = call(train.main, *arguments(TINY, folder, "method=prompts", "prompts.kind=history", *how[2:]))
     assert code == 2 and "prompts.kind: 'retrieved' -> 'history'" in err
 
     opened = run.open_run(folder)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 FSDP = ("mesh.data=1", "mesh.fsdp=-1")
 TRAINING = (*QAR, "lora.dropout=0.0")
 WANTED = ("--replies", "96", "--paired", "2")
-# At its sharpest compared with what float32 sums in another order may change.
+# What float32 sums in another order may change.
 CLOSE = 1e-5
 # Seconds after which a command is taken to hang; on an idle machine it ends in thirty.
 HANGS = 400.0

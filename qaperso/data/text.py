@@ -69,9 +69,8 @@ def template_of(tokenizer: Tokenizer) -> Template:
 class Encoded:
     """Tokens, role and label flags of a sequence or of a prompt; int32[n], int32[n], bool[n].
 
-    `cut` counts the dialogue's tokens that stand in none of its sequences (told by the first of them) and those that this
-    one lacks of its preface, `replies` the replies that this one predicts. `columns` is what its method looked up, see
-    `types.Example`.
+    `cut` counts the dialogue's tokens that stand in none of its sequences (told by the first of them), `replies` the
+    replies that this one predicts. `columns` is what its method looked up, see `types.Example`.
     """
 
     tokens: np.ndarray
@@ -80,6 +79,26 @@ class Encoded:
     cut: int = 0
     replies: int = 0
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Front:
+    """What a method puts before the turns that a reply sees.
+
+    Attributes:
+      preface: turns that are no part of the dialogue: never labels, all template, speakers called as they are given.
+      places: how many soft tokens stand before everything else.
+      columns: what the method looked up, see `types.Example`.
+    """
+
+    preface: tuple[Turn, ...] = ()
+    places: int = 0
+    columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for equal ones."""
+        return self.preface, self.places, tuple((name, np.asarray(x).tobytes()) for name, x in self.columns.items())
 
 
 def called(speaker: str, role: int, names: str) -> str:
@@ -136,7 +155,7 @@ def encode_dialogue(
     context: int = 0,
     labels: str = "reply",
     names: str = "visible",
-    preface: Sequence[Turn] = (),
+    fronts: Sequence[Front] = (),
 ) -> list[Encoded]:
     """Tokens of a dialogue as one sequence, or as few as hold each of its replies once (ours).
 
@@ -144,21 +163,21 @@ def encode_dialogue(
     the `context` turns before the first of them; what room is left goes to still older turns. Where even these turns
     do not fit, the oldest are dropped, never the query (the querier's last turn before the reply) nor what follows it.
 
-    The preface stands before the turns of every sequence. Where it leaves no room for a query and its reply, they have a
-    sequence alone, and the preface loses its first words.
+    What stands before them is not asked for when turns are laid out: replies see the same turns whatever their fronts are.
+    Of a sequence, replies next to each other with equal fronts stay together, others get one each from its first turn on.
 
     Args:
       tokenizer: of the base.
       template: its chat format.
       turns: the last one is a reply.
       responder: name of the responder; every other speaker is the querier.
-      length: at most so many tokens a sequence.
+      length: at most so many tokens a sequence, fronts not counted.
       targets: at most so many labels a sequence; None = any number.
       replies: the turns that are replies, in order; () = the last.
       context: how many turns the first reply of a sequence sees at least, where they fit.
       labels: "reply" = the replies and their end-of-turns are labels; "all" = every responder turn is a reply.
       names: which speakers go by name, see `called`.
-      preface: turns that are no part of the dialogue: never labels, all template, speakers called as they are given.
+      fronts: what stands before each reply; () = nothing.
 
     Returns:
       Sequences in the order of their replies; a reply that exceeds the bounds with its query alone is in none.
@@ -172,41 +191,32 @@ def encode_dialogue(
             spelled[name] = encode(tokenizer, name)
         pieces.append(_turn(template, spelled[name], encode(tokenizer, turn.text), role, i in predicted))
     asked = [i for i, turn in enumerate(turns) if turn.speaker != responder]
-    before = [(encode(tokenizer, turn.speaker), encode(tokenizer, turn.text)) for turn in preface]
-    whole = sum(len(_turn(template, *spoken, TEMPLATE, False)) for spoken in before)
-    room = length - len(template.bos)
     parts = _stretches(
         [len(piece) for piece in pieces],
         [sum(label for _, _, label in piece) for piece in pieces],
         [(i, asked[bisect.bisect_left(asked, i) - 1] if asked and asked[0] < i else i) for i in scored],
-        room,
+        length - len(template.bos),
         targets,
         context,
-        whole,
     )
     seen = {i for first, _, last in parts for i in range(first, last + 1)}
     cut = sum(len(piece) for i, piece in enumerate(pieces) if i not in seen)
     bos = [(t, TEMPLATE, False) for t in template.bos]
-    result = []
-    for number, (first, start, last) in enumerate(parts):
-        old = [[(t, role, False) for t, role, _ in piece] for piece in pieces[first:start]]
-        own = [*old, *pieces[start : last + 1]]
-        told = _shortened(template, before, room - sum(map(len, own)))
-        lost = whole - len(told) + (cut if number == 0 else 0)
-        result.append(_pack_pieces([bos, told, *own], lost, sum(start <= i <= last for i in scored)))
+    fronts = fronts or [Front()] * len(scored)
+    result: list[Encoded] = []
+    for first, start, last in parts:
+        asked_for = [(i, front) for i, front in zip(scored, fronts, strict=True) if start <= i <= last]
+        for _, alike in itertools.groupby(asked_for, key=lambda pair: pair[1].key):
+            answers, (front, *_) = zip(*alike, strict=True)
+            told = [
+                _turn(template, encode(tokenizer, turn.speaker), encode(tokenizer, turn.text), TEMPLATE, False)
+                for turn in front.preface
+            ]
+            old = [[(t, role, False) for t, role, _ in piece] for piece in pieces[first : answers[0]]]
+            own = pieces[answers[0] : answers[-1] + 1]
+            packed = _pack_pieces([bos, *told, *old, *own], 0 if result else cut, len(answers))
+            result.append(_reserve(packed, front.places, front.columns))
     return result
-
-
-def _shortened(template: Template, preface: Sequence[tuple[list[int], list[int]]], room: int) -> list[tuple]:
-    """The turns (name, text) of a preface as far as `room` tokens hold its end: the first words go."""
-    kept: list[tuple] = []
-    for name, text in reversed(preface):
-        lost = max(len(_turn(template, name, text, TEMPLATE, False)) - room, 0)
-        if lost and lost >= len(text):
-            break
-        turn = _turn(template, name, text[lost:], TEMPLATE, False)
-        kept, room = turn + kept, room - len(turn)
-    return kept
 
 
 def _stretches(
@@ -216,7 +226,6 @@ def _stretches(
     length: int,
     targets: int | None,
     context: int,
-    preface: int,
 ) -> list[tuple[int, int, int]]:
     """Which turns make which sequence; see `encode_dialogue`.
 
@@ -224,7 +233,6 @@ def _stretches(
       tokens, labels: how many each turn has.
       replies: (turn, turn of its query).
       length, targets, context: bounds of a sequence.
-      preface: how many tokens stand before its turns.
 
     Returns:
       (first turn, first reply, last reply) of each sequence.
@@ -232,8 +240,8 @@ def _stretches(
     tokens_to, labels_to = ([0, *itertools.accumulate(counts)] for counts in (tokens, labels))
     most = labels_to[-1] if targets is None else targets
 
-    def fits(first: int, start: int, last: int, beside: int = preface) -> bool:
-        within = tokens_to[last + 1] - tokens_to[first] + beside <= length
+    def fits(first: int, start: int, last: int) -> bool:
+        within = tokens_to[last + 1] - tokens_to[first] <= length
         return within and labels_to[last + 1] - labels_to[start] <= most
 
     parts = []
@@ -245,8 +253,6 @@ def _stretches(
             first += 1
         k += 1
         if not fits(first, start, last):
-            if fits(first, start, last, beside=0):
-                parts.append((first, start, last))
             continue
         while k < len(replies) and fits(first, start, replies[k][0]):
             last = replies[k][0]
@@ -265,23 +271,28 @@ def encode_prompt(
     *,
     length: int,
     names: str = "visible",
-    preface: Sequence[Turn] = (),
+    front: Front = Front(),  # noqa: B008 (nobody can change one)
 ) -> Encoded | None:
     """Tokens of a prompt: turns, then the header of the responder's reply. Same cuts as `encode_dialogue`.
+
+    Args:
+      tokenizer, template, responder, length, names: as there.
+      turns: what is said before the reply.
+      front: what stands before them.
 
     Returns:
       None when the query alone exceeds `length`.
     """
-    how = dict(length=length, names=names, preface=preface)
+    how = dict(length=length, names=names, fronts=[front])
     whole = encode_dialogue(tokenizer, template, [*turns, Turn(responder, "")], responder, **how)
     if not whole:
         return None
     (e,) = whole
     keep = len(e.tokens) - len(template.end) - len(template.after)
-    return Encoded(e.tokens[:keep], e.role[:keep], np.zeros(keep, bool), e.cut)
+    return Encoded(e.tokens[:keep], e.role[:keep], np.zeros(keep, bool), e.cut, columns=e.columns)
 
 
-def reserve(e: Encoded, places: int, columns: Mapping[str, Any]) -> Encoded:
+def _reserve(e: Encoded, places: int, columns: Mapping[str, Any]) -> Encoded:
     """The sequence behind `places` positions for soft tokens, with what they are made from.
 
     The positions are template: no label and nobody's words. Their token ids (0) are never read: soft tokens stand there

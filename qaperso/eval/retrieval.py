@@ -24,7 +24,7 @@ from qaperso.data.batches import sequential
 from qaperso.data.store import Store
 from qaperso.eval.awareness import encoder
 from qaperso.eval.intervals import LEVEL, macro
-from qaperso.eval.scores import shape_of
+from qaperso.eval.scores import scoring_shape
 from qaperso.mesh import host_copy, put_batch
 from qaperso.methods import Setting, base
 from qaperso.run import Run
@@ -206,7 +206,7 @@ def embed(run: Run, trainable: Tree, store: Store, indices: np.ndarray, names: s
     examples, _ = load.encode_split(unmet, indices, encoder(run, names), run.shape)
     vectors, counts = np.zeros((len(examples), run.setting.model.embed)), np.zeros(len(examples))
     with jax.set_mesh(run.mesh):
-        for batch, rows in sequential(examples, shape_of(run)):
+        for batch, rows in sequential(examples, scoring_shape(run)):
             if run.config.compat == "paper":
                 batch = paper.as_published(batch, run.setting.model.eos_ids[0])
             found = batch_embeddings(run.setting, run.method, trainable, run.base, put_batch(batch, run.mesh, 0))

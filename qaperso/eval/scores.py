@@ -35,7 +35,7 @@ def batch_nll(
     return base.dialogue_losses(batch, base.token_losses(setting, trainable, params, batch, states))
 
 
-def shape_of(run: Run) -> Shape:
+def scoring_shape(run: Run) -> Shape:
     """Bounds of the batches that a run is scored in: those of training, with rows that the devices divide evenly."""
     devices = math.prod(run.mesh.shape[a] for a in BATCH_AXES)
     return dataclasses.replace(run.shape, rows=-(-run.shape.rows // devices) * devices)
@@ -45,7 +45,7 @@ def reply_nll(run: Run, trainable: Tree, examples: Sequence[Example]) -> tuple[n
     """Reply NLL of each example in nats, float64[n], and its number of tokens."""
     sums, counts = np.zeros(len(examples)), np.zeros(len(examples))
     with jax.set_mesh(run.mesh):
-        for batch, rows in sequential(examples, shape_of(run)):
+        for batch, rows in sequential(examples, scoring_shape(run)):
             if run.config.compat == "paper":
                 batch = paper.as_published(batch, run.setting.model.eos_ids[0])
             found = batch_nll(run.setting, run.method, trainable, run.base, put_batch(batch, run.mesh, 0))

@@ -34,8 +34,7 @@ def reads_history(setting: Setting) -> bool:
 def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Callable[[Turn], int]) -> Sequence[Turn]:
     """The turns that stand before the dialogue's own: no part of it, never learned, always template.
 
-    A long dialogue is asked for each of its replies, cut off after it. Replies next to each other that have the same
-    preface share sequences.
+    A long dialogue is asked for each of its replies, cut off after it.
 
     Args:
       setting: of the run.
@@ -44,9 +43,14 @@ def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Cal
       size: how many tokens a turn takes.
 
     Returns:
-      Turns whose speakers are called as given; "system" for instructions.
+      Turns whose speakers are called as given; "system" for instructions. Together at most `preface_tokens`.
     """
     return ()
+
+
+def preface_tokens(setting: Setting) -> int:
+    """How many tokens of a row are kept for `preface`, so that a dialogue's own turns have what is left, as elsewhere."""
+    return 0
 
 
 @runtime_checkable

@@ -79,6 +79,11 @@ def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Siz
     return (*instruction, *shown)
 
 
+def preface_tokens(setting: Setting) -> int:
+    """Those configured."""
+    return setting.config.prompts.tokens
+
+
 def gold(dialogue: Dialogue, words: int) -> list[str]:
     """What the published prompt gives away of the review that is asked for: its rating and title, cut to `words`."""
     told = []

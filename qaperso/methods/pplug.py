@@ -30,7 +30,7 @@ from qaperso.data.store import Store
 from qaperso.data.text import encode_all
 from qaperso.data.vectors import Differences, Rows, Vectors
 from qaperso.methods import Setting, base
-from qaperso.methods.base import counts, embeddings, joint, preface, remember, weights
+from qaperso.methods.base import counts, embeddings, joint, preface, preface_tokens, remember, weights
 from qaperso.models import encoder, plug
 from qaperso.models.decoder import Adapters
 from qaperso.types import Batch, Dialogue, Inputs

@@ -61,6 +61,12 @@ def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Siz
     return fitted(profile(store, rows, dialogue.responder, querier, names, prompts.examples), prompts.tokens, size)
 
 
+def preface_tokens(setting: Setting) -> int:
+    """Those configured, where anything stands before dialogues."""
+    prompts = setting.config.prompts
+    return 0 if prompts.kind == "zero_shot" else prompts.tokens
+
+
 # The dialogues of a pair mostly have the same history, and so the same profile.
 @functools.lru_cache(maxsize=1024)
 def profile(

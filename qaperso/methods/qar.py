@@ -21,7 +21,7 @@ from qaperso.data import contrast
 from qaperso.data.contrast import Keys
 from qaperso.errors import UserError
 from qaperso.methods import Setting, base, pplug
-from qaperso.methods.base import preface
+from qaperso.methods.base import preface, preface_tokens
 from qaperso.methods.pplug import reader, reads_history
 from qaperso.models import towers
 from qaperso.models.decoder import Adapters

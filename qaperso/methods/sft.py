@@ -8,6 +8,7 @@ from qaperso.methods.base import (
     joint,
     loss,
     preface,
+    preface_tokens,
     reader,
     reads_history,
     remember,

@@ -13,7 +13,17 @@ from jaxtyping import Array, Float
 
 from qaperso.arrays import ArraySpec
 from qaperso.methods import Setting, base
-from qaperso.methods.base import counts, embeddings, joint, preface, reader, reads_history, remember, weights
+from qaperso.methods.base import (
+    counts,
+    embeddings,
+    joint,
+    preface,
+    preface_tokens,
+    reader,
+    reads_history,
+    remember,
+    weights,
+)
 from qaperso.models import towers
 from qaperso.models.decoder import Adapters
 from qaperso.types import Batch, Inputs

@@ -234,7 +234,7 @@ class Service:
             lengths = [await anyio.to_thread.run_sync(_length, run, dialogue) for dialogue in store.dialogues]
             for i, length in enumerate(lengths):
                 if not length:
-                    message = f"'input[{i}]' is longer than the model's {run.config.batch.length} tokens; shorten it"
+                    message = f"'input[{i}]' is longer than the model's {run.room} tokens; shorten it"
                     raise protocol.wrong(message, "input", "context_length_exceeded")
             names = "masked" if run.config.data.names == "masked" else "visible"
             indices = np.arange(len(lengths))
@@ -326,9 +326,7 @@ class Service:
         except UserError as error:
             raise protocol.wrong(str(error), "dialogues", "context_length_exceeded") from error
         if left_out:
-            message = (
-                f"{left_out} replies are longer, with their queries, than the model's {run.config.batch.length} tokens"
-            )
+            message = f"{left_out} replies are longer, with their queries, than the model's {run.room} tokens"
             raise protocol.wrong(message, "dialogues", "context_length_exceeded")
         return np.asarray(rows.fit_row(run, trainable, examples), np.float32)
 
