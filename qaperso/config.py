@@ -156,7 +156,7 @@ def default() -> ConfigDict:
     )
     c.log_every = 10
     c.checkpoint_every = 200  # validates on dev, then saves
-    c.dev_dialogues = 200  # read at each validation
+    c.dev_dialogues = 200  # read at each validation, evenly spread over the split
     c.keep_latest = 2
     c.keep_best = 1
     c.max_skipped = 10  # updates left out (numbers not finite, or a spike) before the run stops

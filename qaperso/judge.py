@@ -15,10 +15,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from qaperso import checkpoint
 from qaperso.data.splits import SPLITS
+from qaperso.data.store import evenly
 from qaperso.endpoint import Cache, Completion, Endpoint, Messages, complete_all, digest, from_environment
 from qaperso.errors import UserError, command
 from qaperso.eval import report
@@ -59,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ending = "" if known.split == "test" else f"_{known.split}"
     ours, theirs = (read_predictions(file_of(f, known.split), known.split) for f in (workdir, against))
     pairs = join(ours, theirs)
-    if known.limit is not None and known.limit < len(pairs):
-        pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, known.limit).round().astype(int)]
+    pairs = [pairs[i] for i in evenly(len(pairs), known.limit)]
     endpoint, cache = Endpoint(address), Cache(workdir / ANSWERS)
     before, answers = len(cache), {}
 

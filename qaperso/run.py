@@ -98,12 +98,13 @@ class Run:
         return trainable.get("base", self.base)
 
     def examples(self, store: Store, split: str, limit: int | None = None) -> tuple[list[Example], int]:
-        """Tokenised dialogues of a split (the first `limit`), and how many replies were left out as too long."""
+        """Tokenised dialogues of a split (at most `limit`, evenly spread), and how many replies were left out as too long."""
         # Every split but training predicts replies only: scores compare runs whatever they learned from.
         labels = self.config.data.labels if split == "train" else "reply"
         encode = functools.partial(self.encode, labels=labels)
-        self.annotate([store.dialogues[i] for i in store.split(split)[:limit]])
-        return load.encode_split(store, store.split(split)[:limit], encode, self.shape, labels)
+        chosen = store.split(split, limit)
+        self.annotate([store.dialogues[i] for i in chosen])
+        return load.encode_split(store, chosen, encode, self.shape, labels)
 
     def encode(self, dialogue: Dialogue, labels: str = "reply", past: Dialogue | None = None) -> list[Encoded]:
         """Tokens of a dialogue, with what the method puts before it, as sequences that fit a row each.

@@ -54,7 +54,7 @@ def train(config: Any, workdir: Path) -> int:
 
 def ask(run: Run, store: Store) -> list[Example]:
     """The dev split's examples of a method that asks a language model, whose answers they need; says what was found."""
-    facts = run.annotate([store.dialogues[i] for i in store.split("dev")[: run.config.dev_dialogues]])
+    facts = run.annotate([store.dialogues[i] for i in store.split("dev", run.config.dev_dialogues)])
     print(f"dev: {run.setting.notes.told(facts)}", file=sys.stderr)
     return run.examples(store, "dev", run.config.dev_dialogues)[0]
 

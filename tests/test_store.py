@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaperso.data.store import NOBODY, Registry, make_store, without
+from qaperso.data.store import NOBODY, Registry, evenly, make_store, without
 from qaperso.errors import UserError
 from qaperso.types import STRANGER, Dialogue, Turn
 
@@ -188,3 +188,22 @@ def test_without_somebody_nobody_else_changes(es: list[tuple], data: st.DataObje
         np.testing.assert_array_equal(less.classes[key], np.where(others, value, 0))
     assert less.registry == store.registry.called(row, NOBODY)
     assert without(store, []) is store
+
+
+@given(count=st.integers(0, 300), limit=st.none() | st.integers(0, 400))
+def test_evenly(count: int, limit: int | None) -> None:
+    places = evenly(count, limit)
+    wanted = count if limit is None else min(count, limit)
+    assert len(set(places.tolist())) == len(places) == wanted
+    assert places.tolist() == sorted(places) and all(0 <= i < count for i in places)
+    if wanted > 1:
+        gaps = np.diff(places)
+        assert (places[0], places[-1]) == (0, count - 1) and gaps.max() - gaps.min() <= 1
+
+
+def test_a_split_s_dialogues_are_taken_from_all_over_it() -> None:
+    told = [dialogue(i, "ann", split="dev" if i % 3 else "train") for i in range(90)]
+    store = make_store(told, np.zeros(90, np.int32))
+    whole = store.split("dev")
+    assert store.split("dev", 10**6).tolist() == whole.tolist()
+    assert store.split("dev", 3).tolist() == [whole[0], whole[30], whole[-1]]

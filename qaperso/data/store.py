@@ -97,9 +97,15 @@ class Store:
     classes: dict[str, np.ndarray]
     label: np.ndarray
 
-    def split(self, name: str) -> np.ndarray:
-        """Indices of a split's dialogues, int64[m]."""
-        return np.array([i for i, d in enumerate(self.dialogues) if d.split == name], np.int64)
+    def split(self, name: str, limit: int | None = None) -> np.ndarray:
+        """Indices of a split's dialogues, int64[m]; with a limit of at most so many, evenly spread."""
+        found = np.array([i for i, d in enumerate(self.dialogues) if d.split == name], np.int64)
+        return found[evenly(len(found), limit)]
+
+
+def evenly(count: int, limit: int | None) -> np.ndarray:
+    """Places of at most `limit` of `count` items (None = all), the first and the last among them, int64[m]."""
+    return np.linspace(0, count - 1, count if limit is None else min(count, limit)).round().astype(np.int64)
 
 
 def make_store(dialogues: Sequence[Dialogue], cluster: np.ndarray, spare: int = 0) -> Store:

@@ -271,7 +271,7 @@ def encode_prompt(
     *,
     length: int,
     names: str = "visible",
-    front: Front = Front(),  # noqa: B008 (nobody can change one)
+    front: Front = Front(),
 ) -> Encoded | None:
     """Tokens of a prompt: turns, then the header of the responder's reply. Same cuts as `encode_dialogue`.
 

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from qaperso import config as configs
 from qaperso import people, reply
 from qaperso.data import clusters, features
-from qaperso.data.store import STRANGER_NAME, Registry, Store
+from qaperso.data.store import STRANGER_NAME, Registry, Store, evenly
 from qaperso.eval import awareness, compare
 from qaperso.eval.compare import Items
 from qaperso.eval.page import Across, Failure, Report
@@ -130,7 +130,7 @@ def maps(store: Store, vectors: np.ndarray, index: np.ndarray) -> list[Map]:
     cluster = store.cluster[index]
     for number, _ in collections.Counter(cluster.tolist()).most_common():
         (own,) = np.nonzero(cluster == number)
-        own = own[np.unique(np.linspace(0, len(own) - 1, MAP_POINTS).round().astype(int))]
+        own = own[evenly(len(own), MAP_POINTS)]
         queriers = [store.dialogues[i].querier for i in index[own]]
         # Points that are all the same have no map, nor have fewer than a handful.
         if len(own) >= 5 and len(set(queriers)) > 1 and np.ptp(vectors[own], 0).any():
@@ -164,8 +164,7 @@ def cluster_rows(store: Store) -> list[dict[str, Any]]:
 
     The centre of a cluster is the mean of its queries' TF-IDF vectors, whatever the clusters were made of.
     """
-    places = store.split("train")
-    places = places[np.unique(np.linspace(0, len(places) - 1, QUERIES).round().astype(int))]
+    places = store.split("train", QUERIES)
     texts = [features.query_text(store.dialogues[i]) for i in places]
     tfidf = features.fit_tfidf(texts, features.count_terms(texts), len(texts), 0)
     vectors = tfidf.vectors(texts)
@@ -226,8 +225,7 @@ def asked_by_others(run: Run, store: Store, split: str) -> Store:
     places.sort(key=lambda i: len(store.dialogues[i].turns))
     shortest = [i for i in places if len(store.dialogues[i].turns) == len(store.dialogues[places[0]].turns)]
     places = shortest if len(shortest) >= QUESTIONS else places
-    even = np.unique(np.linspace(0, max(len(places) - 1, 0), QUESTIONS).round().astype(int))
-    places = [places[i] for i in even if i < len(places)]
+    places = [places[i] for i in evenly(len(places), QUESTIONS)]
     dialogues, rows, origin, asked = [], [], [], []
     for place, name in ((i, q) for i in places for q in askers(i)):
         old = store.dialogues[place]

@@ -22,7 +22,7 @@ from sklearn.pipeline import make_union
 from threadpoolctl import threadpool_limits
 
 from qaperso.data.features import WORD, words
-from qaperso.data.store import Store
+from qaperso.data.store import Store, evenly
 from qaperso.eval.intervals import LEVEL, absent, macro
 from qaperso.types import Dialogue
 
@@ -179,7 +179,7 @@ def judge(store: Store, indices: Sequence[int] | np.ndarray, written: Sequence[s
     for responder, people in sorted(asked.items()):
         if len(people) < 2:
             continue
-        lessons = [(q, *known[responder][q][i]) for q in sorted(people) for i in _spread(len(known[responder][q]))]
+        lessons = [(q, *known[responder][q][i]) for q in sorted(people) for i in evenly(len(known[responder][q]), MOST)]
         labels, queries, replies = zip(*lessons, strict=True)
         places = [place for q in sorted(people) for place in people[q]]
         dialogues = [store.dialogues[indices[place]] for place in places]
@@ -196,11 +196,6 @@ def judge(store: Store, indices: Sequence[int] | np.ndarray, written: Sequence[s
     said = {kind: found[kind] for kind in ("reply", "human", "query")}
     people = found["responder"], found["querier"], found["group"]
     return Verdicts(*people, said, np.array(found["chance"], float), sum(found["empty"]))
-
-
-def _spread(count: int) -> list[int]:
-    """Places of at most MOST of `count` items, evenly spread."""
-    return np.linspace(0, count - 1, min(count, MOST)).round().astype(int).tolist()
 
 
 def metrics(verdicts: Verdicts, level: float = LEVEL) -> dict[str, dict[str, Any]]:

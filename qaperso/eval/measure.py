@@ -15,7 +15,7 @@ import numpy as np
 from qaperso import batching, reply
 from qaperso.batching import Model
 from qaperso.data import reviews_town, synthetic
-from qaperso.data.store import Store
+from qaperso.data.store import Store, evenly
 from qaperso.eval import (
     awareness,
     compare,
@@ -141,9 +141,7 @@ def items_of(run: Run, store: Store, split: str, scores: dict[str, Columns]) -> 
 def answerable(run: Run, store: Store, split: str, items: Items, replies: int | None) -> list[int]:
     """Dialogues that get replies: `replies` of the split, evenly spread, without those too long for a row."""
     places = store.split(split)
-    chosen = np.arange(len(places))
-    if replies is not None and replies < len(places):
-        chosen = np.linspace(0, len(places) - 1, replies).round().astype(int)
+    chosen = evenly(len(places), replies)
     scored = items.scores["reply_nll"][1] > 0
     return [int(places[n]) for n in chosen if scored[n] and reply.fits(run, store.dialogues[places[n]])]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from sacrebleu.metrics import CHRF
 
-from qaperso.data.store import Store
+from qaperso.data.store import Store, evenly
 from qaperso.eval.awareness import rename
 from qaperso.eval.identify import trained, without_names
 from qaperso.eval.intervals import LEVEL, absent, bootstrap
@@ -66,7 +66,7 @@ def choose(
         if d.query and d.querier in people and len(people) > 1:
             usable.append(index)
     found = []
-    for place in np.linspace(0, len(usable) - 1, min(count, len(usable))).round().astype(int):
+    for place in evenly(len(usable), count):
         index = usable[place]
         d = store.dialogues[index]
         alone = dataclasses.replace(d, turns=(Turn(d.querier, d.query), Turn(d.responder, d.reply)), replies=())

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qaperso import batching
-from qaperso.data.store import Store
+from qaperso.data.store import Store, evenly
 from qaperso.errors import UserError
 from qaperso.eval import awareness, leakage
 from qaperso.eval.awareness import Asked
@@ -47,7 +47,7 @@ def swap_gaps(run: Run, before: Tree, after: Tree, store: Store, name: str, seed
     split = next((split for split in SPLITS if own[split]), None)
     if split is None:
         raise UserError(f"found no dialogue of '{name}' in the run's data, expected some to measure with")
-    places = np.array(own[split])[np.linspace(0, len(own[split]) - 1, min(LIMIT, len(own[split]))).astype(int)]
+    places = np.array(own[split])[evenly(len(own[split]), LIMIT)]
     dialogues = [store.dialogues[i] for i in places]
     others = awareness.others(store, dialogues, seed)
     kept = [k for k, other in enumerate(others) if other is not None]
