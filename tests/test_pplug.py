@@ -207,7 +207,9 @@ def test_qar_takes_soft_tokens_beside_its_rows() -> None:
     examples = [
         dataclasses.replace(e, querier=q) for e, q in zip(run.examples(store, "dev", 3)[0], (1, 0, 2), strict=True)
     ]
-    inputs = helpers.device(make_batch([examples], dataclasses.replace(run.shape, rows=1)).inputs)
+    inputs = helpers.device(
+        make_batch([examples], dataclasses.replace(run.shape, rows=1, length=3 * run.shape.length)).inputs
+    )
     found = run.method.condition(run.setting, trainable, inputs)
     assert found.rows is not None and found.specific is not None and found.lora is not None
     told = np.asarray(found.soft[0])

@@ -114,6 +114,31 @@ def test_what_the_querier_asked_others_stands_in_for_the_pair() -> None:
     assert [(t.speaker, t.text) for t in hidden] == [("user", "bread bread and salt"), ("assistant", "take it")]
 
 
+def test_the_profile_of_a_benchmark_is_a_history_too() -> None:
+    """As LaMP has it: every question is a user of its own, and its input has an instruction before the query."""
+    given = [
+        {"query": "old salt", "reply": "buy it", "time": 5.0},
+        {"query": "", "reply": "a word on bread", "time": 7.0},
+        {"query": "dark bread", "reply": "too late", "time": 30.0},
+        {"query": "", "reply": ""},
+    ]
+    turns = (Turn("zoe", "old words for the title: bread"), Turn("LaMP", "?"))
+    d = Dialogue("z", "LaMP", "zoe", turns, "z", time=20.0, split="dev", fields={"history": given, "query": "bread"})
+    store = store_of([*ANN, d])
+    salt = [Turn("zoe", "old salt"), Turn("LaMP", "buy it")]
+    # Compared without the instruction, of which the first item has a word; what came later is not shown.
+    assert preface(store, d, "retrieved", examples=1) == [Turn("LaMP", "a word on bread")]
+    assert preface(store, d, "retrieved", examples=9) == [*salt, Turn("LaMP", "a word on bread")]
+    assert preface(store, d, "history") == [*salt, Turn("LaMP", "a word on bread")]
+    assert preface(store, d, "history", tokens=size(salt[1]) + 7) == [salt[1], Turn("LaMP", "a word on bread")]
+    assert preface(store, d, "history", "masked")[0] == Turn("user", "old salt")
+    # What the pair said in training is newer than the profile; somebody else's question is not about it.
+    known = dataclasses.replace(ANN[0], fields={"history": given[:1]})
+    other = store_of([known, *ANN[1:]])
+    assert preface(other, ASKED, "history")[:4] == [Turn("ann", "old salt"), Turn("cy", "buy it"), *ANN[0].turns]
+    assert preface(store, dataclasses.replace(d, querier="eve"), "retrieved") == []
+
+
 def test_history_is_the_end_of_what_was_said() -> None:
     said = [turn for d in ANN for turn in d.turns]
     assert preface(STORE, ASKED, "history") == said

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -90,7 +91,7 @@ class Item:
     record: Dialogue | None = None
 
 
-def items(store: Store, dialogue: Dialogue, limit: int) -> list[Item]:
+def items(store: Store, dialogue: Dialogue, limit: int = sys.maxsize) -> list[Item]:
     """The most recent of what a querier asked before (ours), under the rules of `history`.
 
     It is what the pair said to each other; where they never did, what the querier said to anybody. A profile that the data
@@ -118,6 +119,12 @@ def items(store: Store, dialogue: Dialogue, limit: int) -> list[Item]:
     if dialogue.time is not None:
         told = [item for item in told if item.time is None or item.time < dialogue.time]
     return sorted(told, key=lambda item: -math.inf if item.time is None else item.time)[-limit:]
+
+
+def asked(dialogue: Dialogue) -> str:
+    """What a history is searched for: the query, less a benchmark's fixed instruction where the reader of its files told it apart."""
+    query = dialogue.fields.get("query")
+    return query if isinstance(query, str) and "history" in dialogue.fields else dialogue.query
 
 
 def profile(store: Store, dialogue: Dialogue) -> Sequence[dict[str, Any]]:

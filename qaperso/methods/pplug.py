@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from qaperso import arrays
 from qaperso.data.features import normalise
-from qaperso.data.history import Item, exchanges, items, peers, profile
+from qaperso.data.history import Item, asked, exchanges, items, peers, profile
 from qaperso.data.store import Store
 from qaperso.data.text import encode_all
 from qaperso.data.vectors import Differences, Rows, Vectors
@@ -222,12 +222,6 @@ def reader(setting: Setting, store: Store | None, tokenizer: Any, table: Callabl
     if not setting.config.pplug.encoder:
         return None
     return Reader(setting, store, tokenizer, table)
-
-
-def asked(dialogue: Dialogue) -> str:
-    """The query that weighs the history: without a benchmark's fixed instruction where the reader of its files told it apart."""
-    query = dialogue.fields.get("query")
-    return query if isinstance(query, str) and "history" in dialogue.fields else dialogue.query
 
 
 def item_text(item: Item) -> str:

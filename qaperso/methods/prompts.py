@@ -7,6 +7,8 @@
   (Robertson & Zaragoza, 2009, in bm25s's Lucene variant), with the replies.
 - "history" (long context): the end of all that the pair has said.
 
+These two read the profile that a benchmark gives with a question, too (`history.items`).
+
 No LLM writes the profiles: they are extractive, what training data say put together by a template of ours. No preface
 takes more than `prompts.tokens`, and where nothing is known there is none.
 """
@@ -17,14 +19,14 @@ import collections
 import functools
 import logging
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from qaperso.data.features import words
-from qaperso.data.history import exchanges, history
+from qaperso.data.history import Item, asked, exchanges, history, items
 from qaperso.data.store import Store
 from qaperso.data.text import called
 from qaperso.methods import Setting
@@ -157,32 +159,35 @@ def fitted(lines: Sequence[str], tokens: int, size: Size) -> Sequence[Turn]:
 def retrieved(store: Store, dialogue: Dialogue, names: str, count: int, tokens: int, size: Size) -> Sequence[Turn]:
     """Queries most like the dialogue's, with their replies, as far as `tokens` hold them; the most similar last.
 
-    Of the pair's earlier exchanges; where there are none, of the querier's with anybody. Of equally similar ones the most
-    recent are taken.
+    Of what `history.items` finds: the pair's earlier exchanges, where there are none the querier's with anybody, and the
+    querier's profile. Of equally similar ones the most recent are taken.
     """
-    items: list[tuple[Turn, Turn]] = []
-    for by in ("pair", "querier"):
-        if not items:
-            told = [store.dialogues[i] for i in history(store, dialogue, by)]
-            items = [(named(d, q, names), named(d, r, names)) for d in told for q, r in exchanges(d)]
     # The most recent first, so that it is what remains of equals; and none twice.
-    items = list(dict.fromkeys(reversed(items)))
-    nearness = bm25(tuple(query.text for query, _ in items), dialogue.query)
+    newest = (spoken(item, dialogue, names) for item in reversed(items(store, dialogue)))
+    told = list(dict.fromkeys(turns for turns in newest if turns))
+    nearness = bm25(tuple(turns[0].text for turns in told), asked(dialogue))
     kept: list[Turn] = []
     for i in np.argsort(-nearness, kind="stable")[:count]:
-        taken = sum(map(size, items[i]))
+        taken = sum(map(size, told[i]))
         if taken <= tokens:
-            kept, tokens = [*items[i], *kept], tokens - taken
+            kept, tokens = [*told[i], *kept], tokens - taken
     return kept
+
+
+def spoken(item: Item, dialogue: Dialogue, names: str) -> tuple[Turn, ...]:
+    """An item as a query and its reply; that of a profile as if said in the dialogue, its reply alone where it has no query."""
+    told = item.record or dialogue
+    turns = (Turn(told.querier, item.query), Turn(told.responder, item.reply))
+    return tuple(named(told, turn, names) for turn in turns if turn.text)
 
 
 def bm25(texts: tuple[str, ...], query: str) -> np.ndarray:
     """BM25 of a query against each text, float32[n]; 0 where they share no word."""
-    asked = words(query)
+    wanted = words(query)
     index = _bm25_index(texts)
-    if index is None or not asked:
+    if index is None or not wanted:
         return np.zeros(len(texts), np.float32)
-    return index.get_scores(asked)
+    return index.get_scores(wanted)
 
 
 @functools.lru_cache(maxsize=256)
@@ -200,16 +205,23 @@ def _bm25_index(texts: tuple[str, ...]) -> Any:
 
 
 def recent(store: Store, dialogue: Dialogue, names: str, tokens: int, size: Size) -> Sequence[Turn]:
-    """The last turns of the pair's earlier dialogues, as many as `tokens` hold, oldest first."""
+    """The last turns of the querier's profile and the pair's earlier dialogues, as many as `tokens` hold, oldest first."""
     kept: list[Turn] = []
-    for i in reversed(history(store, dialogue, "pair")):
-        for turn in reversed(store.dialogues[i].turns):
-            told = named(store.dialogues[i], turn, names)
-            tokens -= size(told)
-            if tokens < 0:
-                return kept[::-1]
-            kept.append(told)
+    for turn in _newest_first(store, dialogue, names):
+        tokens -= size(turn)
+        if tokens < 0:
+            break
+        kept.append(turn)
     return kept[::-1]
+
+
+def _newest_first(store: Store, dialogue: Dialogue, names: str) -> Iterator[Turn]:
+    for i in reversed(history(store, dialogue, "pair")):
+        record = store.dialogues[i]
+        yield from (named(record, turn, names) for turn in reversed(record.turns))
+    for item in reversed(items(store, dialogue)):
+        if item.record is None:
+            yield from reversed(spoken(item, dialogue, names))
 
 
 def named(dialogue: Dialogue, turn: Turn, names: str) -> Turn:
