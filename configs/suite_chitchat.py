@@ -36,6 +36,7 @@ def get_suite():
         seeds=(0, 1, 2),
         once=tuple(PROMPTED),
         against={
+            **{name: ("zero-shot",) for name in PROMPTED if name != "zero-shot"},
             "LoRA": ("zero-shot",),
             "LoRA, querier hidden": ("LoRA",),
             "LoRA and querier rows": ("LoRA",),
@@ -43,6 +44,6 @@ def get_suite():
             "QAR": ("LoRA", "LoRA and querier rows", "retrieved examples"),
             "QAR, names masked": ("LoRA, names masked",),
         },
-        metrics=("reply_nll", "swap_gap", "rouge_l"),
+        metrics=("reply_nll", "swap_gap", "history_gap", "rouge_l"),
         evaluate=("--awareness", "--paired", "16"),
     )

@@ -7,7 +7,8 @@ def get_suite():
     return dict(
         before={},
         methods={
-            "zero-shot": (TOWN, "method=prompts", "prompts.kind=zero_shot"),
+            # As much room for the dialogue as where something stands before it.
+            "zero-shot": (TOWN, "method=prompts", "prompts.kind=zero_shot", "batch.length=128"),
             "retrieved examples": (TOWN, "method=prompts", "prompts.kind=retrieved"),
             "DPL": (TOWN,),
             "DPL, least similar others": (TOWN, "dpl.select=least_similar"),

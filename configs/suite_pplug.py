@@ -1,8 +1,8 @@
 """The embedded town, names hidden: what PPlug makes of a history beside a prompt that quotes it, and what its parts are worth."""
 
 TOWN, BASE = "configs/pplug_town.py", "base={base}"
-PROMPTED = ("method=prompts", "pplug.encoder=", "batch.length=192")
-RETRIEVED = ("prompts.kind=retrieved", "prompts.examples=4", "prompts.tokens=96")
+PROMPTED = ("method=prompts", "pplug.encoder=")
+RETRIEVED = ("prompts.kind=retrieved", "prompts.examples=4", "prompts.tokens=96", "batch.length=192")
 
 
 def get_suite():

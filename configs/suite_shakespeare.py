@@ -27,10 +27,12 @@ def get_suite():
         seeds=(0, 1, 2),
         once=tuple(PROMPTED),
         against={
+            **{name: ("zero-shot",) for name in PROMPTED if name != "zero-shot"},
             "LoRA": ("zero-shot",),
+            "PPlug": ("zero-shot",),
             "LoRA and querier rows": ("LoRA",),
             "QAR": ("LoRA", "LoRA and querier rows", "zero-shot"),
         },
-        metrics=("reply_nll", "swap_gap", "rouge_l"),
+        metrics=("reply_nll", "swap_gap", "history_gap", "rouge_l"),
         evaluate=("--awareness",),
     )

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import importlib.util
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -71,9 +72,25 @@ def test_reader(added: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         list(formats.load("irc").read(log, collections.Counter()))
 
 
+def test_every_method_has_every_function() -> None:
+    found = [m.name for m in pkgutil.iter_modules(methods.__path__) if m.name != "base"]
+    assert {"qar", "pplug", "dpl"} <= set(found)
+    for name in found:
+        assert lacking(methods.load(name)) == set(), name
+
+
+def lacking(method: ModuleType) -> set[str]:
+    """What the architecture's table of a method's functions has, and this one has not; one of them is for a few only."""
+    section = (PAGE.parent / "architecture.md").read_text(encoding="utf-8").split("## A method")[1].split("\n## ")[0]
+    wanted = set(re.findall(r"^\| `(\w+)\(", section, re.MULTILINE)) - {"annotate"}
+    assert {"preface", "preface_tokens", "loss"} <= wanted
+    return {name for name in wanted if not callable(getattr(method, name, None))}
+
+
 def test_method(added: Path) -> None:
     write(added, "qaperso/methods/shrunk_rows.py")
     method, setting = methods.load("shrunk_rows"), helpers.setting("shrunk_rows")
+    assert lacking(method) == set()
     optimizer, _ = step.make_optimizer(setting.config, 10)
     trainable, base, memory = helpers.build(setting, method)
     assert not trainable["tower"]["rows"].any()

@@ -109,8 +109,8 @@ def encode_split(
     examples = make_examples(store, encoded, indices)
     if len(indices) and not examples:
         raise UserError(
-            f"none of {len(indices)} dialogues fits batch.length={shape.length} and batch.targets={shape.targets}; "
-            "raise them"
+            f"none of {len(indices)} dialogues fits batch.length={shape.length}, less what the method puts before them, and "
+            f"batch.targets={shape.targets}; raise them"
         )
     asked = (store.dialogues[i] for i in indices)
     expected = sum(len(scored_turns(d.turns, d.responder, d.replies, labels)) for d in asked)

@@ -104,7 +104,7 @@ class Store:
 
 
 def evenly(count: int, limit: int | None) -> np.ndarray:
-    """Places of at most `limit` of `count` items (None = all), the first and the last among them, int64[m]."""
+    """Places of at most `limit` of `count` items (None = all), evenly spread from the first on to the last, int64[m]."""
     return np.linspace(0, count - 1, count if limit is None else min(count, limit)).round().astype(np.int64)
 
 
