@@ -109,7 +109,7 @@ class Run:
     def encode(self, dialogue: Dialogue, labels: str = "reply", past: Dialogue | None = None) -> list[Encoded]:
         """Tokens of a dialogue, with what the method puts before it, as sequences that fit a row each.
 
-        `past` is the same words asked by somebody else, whose history the method then reads in place of the querier's.
+        `past`: the same words asked by somebody else, whose history is told under the querier's name in place of theirs.
         """
         batch, data = self.config.batch, self.config.data
         turns, responder = dialogue.turns, dialogue.responder
@@ -128,7 +128,7 @@ class Run:
             replies=asked,
             context=data.context,
             names=data.names,
-            fronts=[self.front(past or dialogue, i) for i in asked],
+            fronts=[self.front(past or dialogue, i, dialogue.querier) for i in asked],
         )
 
     @property
@@ -141,14 +141,15 @@ class Run:
         """How many tokens of a row a dialogue's own turns may take: what its method puts before them has the others."""
         return self.config.batch.length - self.places - self.method.preface_tokens(self.setting)
 
-    def front(self, dialogue: Dialogue, reply: int = -1) -> Front:
+    def front(self, dialogue: Dialogue, reply: int = -1, name: str | None = None) -> Front:
         """What the method puts before a dialogue of which turn number `reply` is asked for; that turn is blank."""
-        return Front(self.preface(dialogue, reply), self.places, self.columns(dialogue, reply))
+        return Front(self.preface(dialogue, reply, name), self.places, self.columns(dialogue, reply))
 
-    def preface(self, dialogue: Dialogue, reply: int = -1) -> tuple[Turn, ...]:
-        """What the method puts before a dialogue of which turn number `reply` is asked for; that turn is blank."""
+    def preface(self, dialogue: Dialogue, reply: int = -1, name: str | None = None) -> tuple[Turn, ...]:
+        """The turns of `front`, in which the querier is called by `name`; None = their own."""
         size = functools.partial(turn_size, self.tokenizer, self.template)
-        return tuple(self.method.preface(self.setting, self.store, dialogue.until(reply), size))
+        who = dialogue.querier if name is None else name
+        return tuple(self.method.preface(self.setting, self.store, dialogue.until(reply), who, size))
 
     def annotate(self, dialogues: Sequence[Dialogue]) -> Counter[str]:
         """Has a language model asked at once what the prefaces of these dialogues need; counts, none by most methods."""

@@ -71,7 +71,7 @@ def setting(names: str = "visible", notes: Notes | None = None, **changes: objec
 def preface(store: Store, dialogue: Dialogue, asked: Asked, names: str = "visible", **changes: object) -> list[Turn]:
     notes = Notes(Path("never written"))
     notes.complete = asked  # type: ignore[method-assign]
-    return list(dpl.preface(setting(names, notes, **changes), store, dialogue, size))
+    return list(dpl.preface(setting(names, notes, **changes), store, dialogue, dialogue.querier, size))
 
 
 LAMP, ROPE, NEW = (
@@ -295,7 +295,7 @@ def test_nothing_is_asked_or_told_of_what_may_not_be_seen(es: list[tuple], selec
 
 def test_without_a_writer_it_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="this method asks a language model, and this command has none for it"):
-        dpl.preface(setting(notes=Notes(tmp_path)), STORE, NEW, size)
+        dpl.preface(setting(notes=Notes(tmp_path)), STORE, NEW, NEW.querier, size)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -235,7 +235,7 @@ def test_a_method_that_reads_history_can_tell_planted_secrets() -> None:
     store = make_store(after, np.zeros(len(after), np.int32))
 
     def read(dialogue: Dialogue) -> str:
-        told = prompts.retrieved(store, dialogue.until(-1), "visible", 4, 100, lambda turn: 1)
+        told = prompts.retrieved(store, dialogue.until(-1), dialogue.querier, "visible", 4, 100, lambda turn: 1)
         return " ".join(turn.text for turn in told)
 
     for c in canaries.planted(after):

@@ -137,7 +137,7 @@ def opened() -> tuple[Any, list[Dialogue]]:
     method = types.ModuleType("echo")
     method.__dict__.update(vars(methods.load("sft")))
 
-    def preface(setting: Any, store: Any, dialogue: Dialogue, size: Any) -> list[Turn]:
+    def preface(setting: Any, store: Any, dialogue: Dialogue, name: str, size: Any) -> list[Turn]:
         seen.append(dialogue)
         return [Turn("system", dialogue.query)]
 

@@ -51,7 +51,7 @@ def preface(store: Store | None, dialogue: Dialogue, kind: str, names: str = "vi
     config = configs.default()
     config.data.names = names
     config.prompts.update(kind=kind, **changes)
-    return list(prompts.preface(Setting(config, helpers.model(), 3, 1, {}), store, dialogue, size))
+    return list(prompts.preface(Setting(config, helpers.model(), 3, 1, {}), store, dialogue, dialogue.querier, size))
 
 
 ANN = [
@@ -261,6 +261,11 @@ def test_swapping_the_querier_swaps_the_preface(kind: str) -> None:
     other = awareness.rename(d, awareness.others(store, [d], 0)[0])
     assert (opened.preface(d) == opened.preface(other)) == (kind in ("zero_shot", "responder"))
     assert bool(opened.preface(d)) == (kind != "zero_shot")
+    # A history can be told under another's name, which is then all that changes.
+    known = {d.querier: other.querier}
+    moved = [Turn(known.get(t.speaker, t.speaker), t.text) for t in opened.preface(d, name=d.querier)]
+    told = [Turn(t.speaker, t.text.replace(d.querier, other.querier)) for t in moved]
+    assert list(opened.preface(d, name=other.querier)) == (moved if kind == "responder" else told)
     theirs = next(x for x in store.dialogues if x.querier == other.querier and x.split == "dev")
     if kind in ("querier", "history"):
         assert opened.preface(other) == opened.preface(theirs)

@@ -31,7 +31,9 @@ def reads_history(setting: Setting) -> bool:
     return False
 
 
-def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Callable[[Turn], int]) -> Sequence[Turn]:
+def preface(
+    setting: Setting, store: Store | None, dialogue: Dialogue, name: str, size: Callable[[Turn], int]
+) -> Sequence[Turn]:
     """The turns that stand before the dialogue's own: no part of it, never learned, always template.
 
     A long dialogue is asked for each of its replies, cut off after it.
@@ -40,6 +42,7 @@ def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Cal
       setting: of the run.
       store: the run's data; None where `reads_history` says that it is not needed.
       dialogue: its last turn is the reply, which must not be looked at; () for `replies`.
+      name: what the querier is to be called: their own name, but where another's history is told under it.
       size: how many tokens a turn takes.
 
     Returns:

@@ -58,11 +58,11 @@ def reads_history(setting: Setting) -> bool:
     return True
 
 
-def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Size) -> Sequence[Turn]:
+def preface(setting: Setting, store: Store | None, dialogue: Dialogue, name: str, size: Size) -> Sequence[Turn]:
     """The profile as an instruction, then the records, the most similar last; see `base.preface`."""
     config, names = setting.config, setting.config.data.names
     (note,) = notes(setting, store, [dialogue], setting.notes.complete)
-    who = called(dialogue.querier, QUERIER, names)
+    who = called(name, QUERIER, names)
     lines = gold(dialogue, config.dpl.words) if config.dpl.gold else []
     if note.profile:
         # In sentences, of which those that do not fit are left out.
@@ -73,7 +73,9 @@ def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Siz
     shown: list[Turn] = []
     for i in note.records:
         told = store.dialogues[i]
-        pair = [named(told, turn, names) for turn in (Turn(told.querier, told.query), told.turns[-1]) if turn.text]
+        pair = [
+            named(told, turn, name, names) for turn in (Turn(told.querier, told.query), told.turns[-1]) if turn.text
+        ]
         if sum(map(size, pair)) <= left:
             shown, left = [*pair, *shown], left - sum(map(size, pair))
     return (*instruction, *shown)

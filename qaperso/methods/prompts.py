@@ -49,18 +49,19 @@ def reads_history(setting: Setting) -> bool:
     return setting.config.prompts.kind != "zero_shot"
 
 
-def preface(setting: Setting, store: Store | None, dialogue: Dialogue, size: Size) -> Sequence[Turn]:
+def preface(setting: Setting, store: Store | None, dialogue: Dialogue, name: str, size: Size) -> Sequence[Turn]:
     """What stands before a dialogue; see `base.preface`."""
     prompts, names = setting.config.prompts, setting.config.data.names
     if prompts.kind == "retrieved":
-        return retrieved(store, dialogue, names, prompts.examples, prompts.tokens, size)
+        return retrieved(store, dialogue, name, names, prompts.examples, prompts.tokens, size)
     if prompts.kind == "history":
-        return recent(store, dialogue, names, prompts.tokens, size)
+        return recent(store, dialogue, name, names, prompts.tokens, size)
     if prompts.kind == "zero_shot":
         return ()
     rows = tuple(history(store, dialogue, "responder").tolist())
     querier = dialogue.querier if prompts.kind == "querier" else None
-    return fitted(profile(store, rows, dialogue.responder, querier, names, prompts.examples), prompts.tokens, size)
+    lines = profile(store, rows, dialogue.responder, querier, name if querier else "", names, prompts.examples)
+    return fitted(lines, prompts.tokens, size)
 
 
 def preface_tokens(setting: Setting) -> int:
@@ -72,7 +73,7 @@ def preface_tokens(setting: Setting) -> int:
 # The dialogues of a pair mostly have the same history, and so the same profile.
 @functools.lru_cache(maxsize=1024)
 def profile(
-    store: Store, rows: tuple[int, ...], responder: str, querier: str | None, names: str, count: int
+    store: Store, rows: tuple[int, ...], responder: str, querier: str | None, name: str, names: str, count: int
 ) -> tuple[str, ...]:
     """A profile of a responder, or of a querier as the responder knows them, in the order of what matters most (ours).
 
@@ -81,6 +82,7 @@ def profile(
       rows: the responder's earlier records.
       responder: whose they are.
       querier: whom the profile is about; None = the responder.
+      name: what that querier is called.
       names: see `text.called`.
       count: how many replies it quotes.
 
@@ -105,7 +107,7 @@ def profile(
             lines.append("Most often with " + ", ".join(f"{name} ({n})" for name, n in most) + ".")
         about, whom, quoted = responder, me, "You typically reply"
     else:
-        you = called(querier, QUERIER, names)
+        you = called(name, QUERIER, names)
         lines = [f"You are {me}, talking to {you}. Conversations with {you} so far: {len(own)}."]
         said.pop(responder, None)
         about, whom, quoted = querier, you, f"To {you} you typically reply"
@@ -156,14 +158,16 @@ def fitted(lines: Sequence[str], tokens: int, size: Size) -> Sequence[Turn]:
     return (Turn(SYSTEM, "\n".join(kept)),) if kept else ()
 
 
-def retrieved(store: Store, dialogue: Dialogue, names: str, count: int, tokens: int, size: Size) -> Sequence[Turn]:
+def retrieved(
+    store: Store, dialogue: Dialogue, name: str, names: str, count: int, tokens: int, size: Size
+) -> Sequence[Turn]:
     """Queries most like the dialogue's, with their replies, as far as `tokens` hold them; the most similar last.
 
     Of what `history.items` finds: the pair's earlier exchanges, where there are none the querier's with anybody, and the
     querier's profile. Of equally similar ones the most recent are taken.
     """
     # The most recent first, so that it is what remains of equals; and none twice.
-    newest = (spoken(item, dialogue, names) for item in reversed(items(store, dialogue)))
+    newest = (spoken(item, dialogue.responder, name, names) for item in reversed(items(store, dialogue)))
     told = list(dict.fromkeys(turns for turns in newest if turns))
     nearness = bm25(tuple(turns[0].text for turns in told), asked(dialogue))
     kept: list[Turn] = []
@@ -174,11 +178,18 @@ def retrieved(store: Store, dialogue: Dialogue, names: str, count: int, tokens: 
     return kept
 
 
-def spoken(item: Item, dialogue: Dialogue, names: str) -> tuple[Turn, ...]:
-    """An item as a query and its reply; that of a profile as if said in the dialogue, its reply alone where it has no query."""
-    told = item.record or dialogue
-    turns = (Turn(told.querier, item.query), Turn(told.responder, item.reply))
-    return tuple(named(told, turn, names) for turn in turns if turn.text)
+def spoken(item: Item, responder: str, name: str, names: str) -> tuple[Turn, ...]:
+    """An item as the querier's query and its reply, or as the reply alone where it has no query.
+
+    Args:
+      item: of a record, or of a profile.
+      responder: who is to have replied to a profile's.
+      name: what the querier is called.
+      names: see `text.called`.
+    """
+    me = item.record.responder if item.record else responder
+    turns = (Turn(called(name, QUERIER, names), item.query), Turn(called(me, RESPONDER, names), item.reply))
+    return tuple(turn for turn in turns if turn.text)
 
 
 def bm25(texts: tuple[str, ...], query: str) -> np.ndarray:
@@ -204,10 +215,10 @@ def _bm25_index(texts: tuple[str, ...]) -> Any:
     return index
 
 
-def recent(store: Store, dialogue: Dialogue, names: str, tokens: int, size: Size) -> Sequence[Turn]:
+def recent(store: Store, dialogue: Dialogue, name: str, names: str, tokens: int, size: Size) -> Sequence[Turn]:
     """The last turns of the querier's profile and the pair's earlier dialogues, as many as `tokens` hold, oldest first."""
     kept: list[Turn] = []
-    for turn in _newest_first(store, dialogue, names):
+    for turn in _newest_first(store, dialogue, name, names):
         tokens -= size(turn)
         if tokens < 0:
             break
@@ -215,16 +226,16 @@ def recent(store: Store, dialogue: Dialogue, names: str, tokens: int, size: Size
     return kept[::-1]
 
 
-def _newest_first(store: Store, dialogue: Dialogue, names: str) -> Iterator[Turn]:
+def _newest_first(store: Store, dialogue: Dialogue, name: str, names: str) -> Iterator[Turn]:
     for i in reversed(history(store, dialogue, "pair")):
         record = store.dialogues[i]
-        yield from (named(record, turn, names) for turn in reversed(record.turns))
+        yield from (named(record, turn, name, names) for turn in reversed(record.turns))
     for item in reversed(items(store, dialogue)):
         if item.record is None:
-            yield from reversed(spoken(item, dialogue, names))
+            yield from reversed(spoken(item, dialogue.responder, name, names))
 
 
-def named(dialogue: Dialogue, turn: Turn, names: str) -> Turn:
-    """A turn of a record, its speaker called as `names` has it; see `text.called`."""
-    role = RESPONDER if turn.speaker == dialogue.responder else QUERIER
-    return Turn(called(turn.speaker, role, names), turn.text)
+def named(record: Dialogue, turn: Turn, name: str, names: str) -> Turn:
+    """A turn of a record, its querier called by `name`, as far as `names` shows names; see `text.called`."""
+    mine = turn.speaker == record.responder
+    return Turn(called(turn.speaker, RESPONDER, names) if mine else called(name, QUERIER, names), turn.text)
