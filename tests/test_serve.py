@@ -23,7 +23,7 @@ import serving
 import untrained
 from serving import Served
 
-from qaperso import generate, reply, rows, serve
+from qaperso import batching, generate, reply, rows, serve
 from qaperso.batching import Batcher
 from qaperso.errors import UserError
 from qaperso.eval import retrieval
@@ -218,6 +218,21 @@ def test_who_is_known_by_history_is_enrolled_and_told_more(served: Served, tmp_p
     body["dialogues"][0].insert(0, {"role": "user", "content": ASKED})
     status, answer = served.ask("POST", "/v1/queriers/tilda/dialogues", body)
     assert (status, answer["error"]["code"]) == (409, "no_history")
+
+
+def test_soft_tokens_are_compiled_for_before_the_first_request(tmp_path: Path) -> None:
+    how: dict[str, Any] = dict(method="pplug", pplug__encoder="base", pplug__history=4, pplug__query=12)
+    service = serving.made(tmp_path, data__names="masked", qar__contrast="none", **how)
+    engine = Engine(service._model, serving.LIMITS, service.meters, lambda function: function())
+    programs = (batching._added, generate.prefill)
+    engine._warm_up()
+    before = [program._cache_size() for program in programs]
+    prompt = reply.make_prompt(service.run, reply.question(service.run, [], "tilda", "bread?", "maren"))
+    assert "history" in prompt.columns
+    engine._batcher.submit(prompt, service.roster.row("tilda", Caller()), Sampling(2))
+    while engine._batcher.busy:
+        engine._batcher.step()
+    assert [program._cache_size() for program in programs] == before
 
 
 def held(served: Served, count: int, **more: Any) -> list[socket.socket]:

@@ -19,8 +19,9 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from qaperso import generate, people
+from qaperso import generate, people, reply
 from qaperso.batching import Batcher, Model, Progress
+from qaperso.data.store import STRANGER_NAME
 from qaperso.data.text import Encoded
 from qaperso.generate import Sampling
 from qaperso.server.meters import Meters
@@ -225,10 +226,13 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compiles what requests need, a program for each bucket of prompts and the step, and times the step."""
-        length, size = self.model.run.config.batch.length, generate.bucket(1)
+        run = self.model.run
+        length, size = run.config.batch.length, generate.bucket(1)
+        # Soft tokens, where the method has such, are made of what is looked up, and make other programs.
+        columns = run.columns(reply.question(run, [], STRANGER_NAME, "", run.registry.responders[0]))
         while True:
             count = min(size, length)
-            prompt = Encoded(*np.zeros((2, count), np.int32), np.zeros(count, bool))
+            prompt = Encoded(*np.zeros((2, count), np.int32), np.zeros(count, bool), columns=columns)
             self._batcher.submit(prompt, STRANGER, Sampling(2, 1.0, 0.9))
             while self._batcher.busy:
                 self._batcher.step()
