@@ -169,6 +169,18 @@ def test_a_copied_folder_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "no such file" in call(chat.main, "--workdir", folder, "--querier", "pip", "--once", "well?")[2]
 
 
+def test_whatever_keeps_from_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ProxyError(Exception):
+        """As a library below the Hub's has it, which says nothing."""
+
+    def download(name: str) -> str:
+        raise ProxyError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match=r"could not be had from the Hugging Face Hub \(ProxyError\); check"):
+        portable.find(Path("somebody/copy"))
+
+
 def test_everything_trained_is_a_run_without_a_base(tmp_path: Path) -> None:
     folder = exported("all", "qaperso", tmp_path / "copy")
     assert not (folder / portable.BASE).exists()
