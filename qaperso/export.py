@@ -56,7 +56,8 @@ def export(workdir: Path, output: Path, kind: str, weights: Path | None = None) 
       weights: a file of the published implementation's, to be put in the place of the run's own.
 
     Raises:
-      UserError: the run cannot be written in that form, or the folder is not empty or cannot be made.
+      UserError: the run cannot be written in that form, somebody's row was fitted on another checkpoint, or the folder is not
+        empty or cannot be made.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(
@@ -164,14 +165,19 @@ def chat_template(run: Run) -> str:
     """
     t = run.template
     bos, start, between, end = (
-        json.dumps(run.tokenizer.decode(list(ids), skip_special_tokens=False))
+        _quoted(run.tokenizer.decode(list(ids), skip_special_tokens=False))
         for ids in (t.bos, t.start, t.between, (*t.end, *t.after))
     )
     who = MASKED[RESPONDER] if run.config.data.names == "masked" else run.registry.responders[0]
     turn = f"{start} + message['role'] + {between} + message['content'] + {end}"
-    asked = f"{start} + (responder | default({json.dumps(who)})) + {between}"
+    asked = f"{start} + (responder | default({_quoted(who)})) + {between}"
     each = f"{{% for message in messages %}}{{{{ {turn} }}}}{{% endfor %}}"
     return f"{{{{ {bos} }}}}{each}{{% if add_generation_prompt %}}{{{{ {asked} }}}}{{% endif %}}"
+
+
+def _quoted(text: str) -> str:
+    """A text as a literal of Jinja, which would read JSON's two escapes of a rare character as two halves."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _write_plain(folder: Path, run: Run, trainable: Tree, kind: str) -> None:
@@ -223,6 +229,9 @@ def _plain_base(run: Run) -> Tree:
 
 def _write_run(folder: Path, run: Run, trainable: Tree, memory: Tree, step: int) -> None:
     """See `portable` for what is written."""
+    later = people.read(run.workdir)
+    # Rows that were fitted beside other weights are told of here: nobody could open the copy, nor fit them anew in it.
+    people.placed(trainable, later, step, run.workdir)
     base = {"name": run.record["base"]["name"], "path": "", "sha256": "random"}
     if run.base:
         hf.save(folder / portable.BASE, _plain_base(run), run.setting.model, jnp.dtype(run.config.dtype))
@@ -230,7 +239,7 @@ def _write_run(folder: Path, run: Run, trainable: Tree, memory: Tree, step: int)
     files = portable.write(folder, trainable, memory)
     checkpoint.write_json(folder / RECORD, run.record | {"base": base, "exported": {"step": step, "files": files}})
     tokenizers.save_tokenizer(run.tokenizer, folder / "tokenizer")
-    for person in people.read(run.workdir):
+    for person in later:
         # Their rows, and not what they said.
         people.write(folder, dataclasses.replace(person, dialogues=()))
     clusters = [run.workdir / prepared.CLUSTERS]

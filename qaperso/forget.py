@@ -30,6 +30,7 @@ from qaperso.errors import UserError, command
 from qaperso.eval import report, residue
 from qaperso.mesh import mesh_over, start_runtime
 from qaperso.models import base as bases
+from qaperso.notes import FILE as NOTES
 from qaperso.people import Person
 from qaperso.run import CHECKPOINTS, RECORD, Run, open_run, read_record, restore
 from qaperso.types import STRANGER, Dialogue
@@ -110,7 +111,7 @@ def _forget_enrolled(run: Run, person: Person) -> tuple[dict[str, Any], Path]:
     receipt["files"] = {"before": before, "after": {}}
     receipt["may_remain"] = [
         "Nothing in the checkpoints: no number of theirs was ever learned from these dialogues.",
-        *_kept_vectors(run),
+        *_kept(run),
         "Exported copies of this run, backups, and the files that the dialogues were read from are not touched.",
     ]
     place = _write(workdir, receipt)
@@ -215,7 +216,7 @@ def remainders(run: Run, name: str, evidence: Evidence, has_row: bool) -> list[s
         by = "their name in the text, which it can still be told"
         by += ", and what they said before, which it reads no more" if run.reader else ""
         found.append(f"The run has no querier rows: it knew them by {by}.")
-    found += _kept_vectors(run)
+    found += _kept(run)
     if evidence.hidden:
         where = f"The data set '{run.config.data.path}'" if run.config.data.path else "The embedded world"
         found.append(f"{where} still has {evidence.hidden} dialogues of theirs; this run reads them no more.")
@@ -230,13 +231,20 @@ def remainders(run: Run, name: str, evidence: Evidence, has_row: bool) -> list[s
     return found
 
 
-def _kept_vectors(run: Run) -> list[str]:
-    if not run.config.vectors:
-        return []
-    return [
-        f"'{run.config.vectors}' keeps vectors of what they said, without a word of it, and nothing there says whose they are; delete"
-        " the folder to be rid of them: what is needed is embedded again."
-    ]
+def _kept(run: Run) -> list[str]:
+    """Sentences on what was made of people's words, and cannot be told apart by person."""
+    found = []
+    if run.config.vectors:
+        found.append(
+            f"'{run.config.vectors}' keeps vectors of what they said, without a word of it, and nothing there says whose they are;"
+            " delete the folder to be rid of them: what is needed is embedded again."
+        )
+    if (run.workdir / NOTES).is_file():
+        found.append(
+            f"'{NOTES}' keeps what a language model wrote about queriers for this run, and nothing there says about whom; delete the"
+            " file to be rid of it: what is needed is asked again."
+        )
+    return found
 
 
 def _digests(workdir: Path) -> dict[str, str]:

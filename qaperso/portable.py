@@ -40,12 +40,11 @@ def find(workdir: Path) -> Path:
     if workdir.parent.is_dir():
         return workdir
     import huggingface_hub
-    from huggingface_hub import errors
 
     try:
         return Path(huggingface_hub.snapshot_download(str(workdir)))
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
+    except Exception as error:  # The connection, the server or the disk fails with errors of several libraries.
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"'{workdir}' is no folder here, and could not be had from the Hugging Face Hub ({line}); check the spelling"
         ) from error

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from qaperso import arrays, checkpoint, methods, people, portable
 from qaperso import config as configs
-from qaperso.data import load, paper
+from qaperso.data import load, paper, text
 from qaperso.data.plan import Shape
 from qaperso.data.store import Registry, Store, without
 from qaperso.data.text import (
@@ -392,10 +392,10 @@ def _model(config: Any, location: Location, tokenizer: Tokenizer) -> DecoderConf
     if location.kind == "workdir":
         return _model_from_json(read_record(location.path)["model"])
     model = hf.load_config(location)
+    text.check_template(template_of(tokenizer), model.vocab)
     return dataclasses.replace(model, eos_ids=(end, *(i for i in model.eos_ids if i != end)))
 
 
 def _model_from_json(data: dict) -> DecoderConfig:
-    scaling = data["rope_scaling"]
-    parts = {"rope_scaling": scaling and RopeScaling(**scaling), "eos_ids": tuple(data["eos_ids"])}
-    return DecoderConfig(**(data | parts))
+    scaling = data["rope_scaling"] and RopeScaling(**data["rope_scaling"])
+    return DecoderConfig(**(data | {"rope_scaling": scaling, "eos_ids": tuple(data["eos_ids"])}))

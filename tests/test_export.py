@@ -18,10 +18,11 @@ from huggingface_hub import errors
 from newcomers import lines_of, renamed, replies, town
 from tiny import call, contents, finished, one_device, one_mesh  # noqa: F401
 
-from qaperso import chat, enrol, export, forget, generate, portable, reply, run
+from qaperso import chat, enrol, export, forget, generate, people, portable, reply, run
 from qaperso.errors import UserError
 from qaperso.methods import base
 from qaperso.models import decoder, towers
+from qaperso.people import Person
 from qaperso.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_device")
@@ -95,6 +96,25 @@ def test_transformers_computes_what_the_run_computes(name: str, tmp_path: Path) 
     assert said == replies(opened, run.restore(opened)[0], ["pip"])[0]
 
 
+def test_a_template_calls_the_responder_by_any_name() -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    opened, _, _ = untrained.opened(method="prompts")
+    who = 'Zoë "Z" \\ 🌸'
+    named = dataclasses.replace(opened, registry=dataclasses.replace(opened.registry, responders=(who,)))
+    template = jinja2.Environment().from_string(export.chat_template(named))
+    found = template.render(messages=[{"role": "pip", "content": "well?"}], add_generation_prompt=True)
+    assert who in found and who in template.render(messages=[{"role": who, "content": "well?"}])
+
+
+def test_rows_of_another_checkpoint_are_told_of_before_they_are_copied(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(finished("prototypes")[0], tmp_path / "source"))
+    # As if training had gone on since, and found a better checkpoint: the copy could neither be opened nor mended.
+    people.write(source, Person("zita", 13, 1, "other weights", np.zeros(4, np.float32), (), {}))
+    code, out, err = call(export.main, "--workdir", source, "--output", tmp_path / "copy", "--format", "qaperso")
+    assert (code, out) == (2, "") and "'zita' was enrolled on checkpoint 1, and this is checkpoint" in err
+    assert f"python -m qaperso.enrol --workdir {source} --again" in err and list(tmp_path.iterdir()) == [source]
+
+
 def test_a_copied_folder_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Path(shutil.copytree(finished("prototypes")[0], tmp_path / "source"))
     file = lines_of(renamed(town(source, "pip", 1), "zita"), tmp_path / "zita.jsonl")
@@ -147,6 +167,18 @@ def test_a_copied_folder_is_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert code == 2 and "another sha256" in err and "copy the exported folder again" in err
     path.unlink()
     assert "no such file" in call(chat.main, "--workdir", folder, "--querier", "pip", "--once", "well?")[2]
+
+
+def test_whatever_keeps_from_the_hub_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    class ProxyError(Exception):
+        """As a library below the Hub's has it, which says nothing."""
+
+    def download(name: str) -> str:
+        raise ProxyError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(UserError, match=r"could not be had from the Hugging Face Hub \(ProxyError\); check"):
+        portable.find(Path("somebody/copy"))
 
 
 def test_everything_trained_is_a_run_without_a_base(tmp_path: Path) -> None:

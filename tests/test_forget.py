@@ -130,11 +130,14 @@ def test_somebody_of_training_is_forgotten_and_nobody_else_is_changed(folder: Pa
 
 
 def test_somebody_enrolled_is_forgotten(folder: Path, tmp_path: Path) -> None:
+    (folder / "notes.jsonl").write_text("", encoding="utf-8")
     before = contents(folder)
     file = lines_of(renamed(town(folder, "pip", 1), "zita"), tmp_path / "zita.jsonl")
     assert call(enrol.main, "--workdir", folder, "--querier", "zita", "--input", file)[0] == 0
     code, out, err = call(forget.main, "--workdir", folder, "--querier", "zita")
     assert code == 0 and "no number of theirs was ever learned" in out, err
+    # Nobody can tell whom a language model wrote of.
+    assert "'notes.jsonl' keeps what a language model wrote about queriers" in out
     now = contents(folder)
     assert {k: v for k, v in now.items() if k in before} == before and not holding(folder, "zita")
     assert {k.split("/")[0] for k in set(now) - set(before)} == {"enrolled", "forgotten", people.LOCK}

@@ -6,6 +6,7 @@ import json
 import shutil
 from typing import Any
 
+import helpers
 import numpy as np
 import pytest
 from tiny import SFT, TINY, arguments, call, finished, one_device, trained  # noqa: F401
@@ -15,6 +16,8 @@ from qaperso import config as configs
 from qaperso.data import load
 from qaperso.errors import UserError
 from qaperso.eval import scores
+from qaperso.models.base import Location
+from qaperso.models.tokenizer import word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -23,6 +26,17 @@ def dev_nll(opened: run.Run, trainable: Any) -> np.ndarray:
     """NLL of eight dev dialogues."""
     dev, _ = opened.examples(load.load_store(opened.config.data), "dev", 8)
     return scores.reply_nll(opened, trainable, dev)[0]
+
+
+def test_markers_beyond_the_embeddings_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a tokeniser that chat tokens were added to, without the model's embeddings: a look-up gives the last one's."""
+    tokenizer, config = word_tokenizer(["aye"]), configs.default()
+    # Its markers have ids up to 3, the newline's.
+    monkeypatch.setattr(run.hf, "load_config", lambda _: helpers.model(vocab=4))
+    assert run._model(config, Location("hf"), tokenizer).eos_ids == (2, 1)
+    monkeypatch.setattr(run.hf, "load_config", lambda _: helpers.model(vocab=3))
+    with pytest.raises(UserError, match="go up to id 3, and embeddings of ids below 3 only; resize"):
+        run._model(config, Location("hf"), tokenizer)
 
 
 def test_record_holds_config_and_data():

@@ -23,12 +23,13 @@ import serving
 import untrained
 from serving import Served
 
-from qaperso import generate, reply, rows, serve
+from qaperso import batching, generate, reply, rows, serve
 from qaperso.batching import Batcher
 from qaperso.errors import UserError
 from qaperso.eval import retrieval
 from qaperso.generate import Sampling
 from qaperso.notes import Notes
+from qaperso.server.engine import Engine, Ticket
 from qaperso.server.keys import Caller, Keys
 from qaperso.server.protocol import ApiError, Enrol
 from qaperso.server.service import Service
@@ -219,6 +220,21 @@ def test_who_is_known_by_history_is_enrolled_and_told_more(served: Served, tmp_p
     assert (status, answer["error"]["code"]) == (409, "no_history")
 
 
+def test_soft_tokens_are_compiled_for_before_the_first_request(tmp_path: Path) -> None:
+    how: dict[str, Any] = dict(method="pplug", pplug__encoder="base", pplug__history=4, pplug__query=12)
+    service = serving.made(tmp_path, data__names="masked", qar__contrast="none", **how)
+    engine = Engine(service._model, serving.LIMITS, service.meters, lambda function: function())
+    programs = (batching._added, generate.prefill)
+    engine._warm_up()
+    before = [program._cache_size() for program in programs]
+    prompt = reply.make_prompt(service.run, reply.question(service.run, [], "tilda", "bread?", "maren"))
+    assert "history" in prompt.columns
+    engine._batcher.submit(prompt, service.roster.row("tilda", Caller()), Sampling(2))
+    while engine._batcher.busy:
+        engine._batcher.step()
+    assert [program._cache_size() for program in programs] == before
+
+
 def held(served: Served, count: int, **more: Any) -> list[socket.socket]:
     """Clients that stream long replies and read nothing."""
     body = {
@@ -308,6 +324,36 @@ def test_keys_guard_everything_but_health(tmp_path: Path) -> None:
         assert served.ask("POST", chat, body | {"user": "harald"}, **key(whole))[0] == 200
         people = served.ask("GET", "/v1/queriers", **key(some))[1]["data"]
         assert [q["id"] for q in people] == ["stranger", "tilda"]
+
+
+def test_when_the_engine_fails_all_who_wait_hear_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose reply was begun, whose command was still in the queue, and who came later."""
+    service = serving.made(tmp_path)
+    engine = Engine(service._model, serving.LIMITS, service.meters, lambda function: function())
+    heard: dict[str, list[Any]] = {"begun": [], "queued": [], "late": []}
+    calls = []
+
+    def come(who: str) -> None:
+        engine.submit(Ticket(untrained.prompt(4, 0), 0, Sampling(2), heard[who].append))
+        calls.append(engine.call(lambda: who))
+
+    def broken(tokens: int) -> None:
+        come("queued")
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "_warm_up", lambda: None)
+    monkeypatch.setattr(engine._batcher, "step", broken)
+    come("begun")
+    engine.start()
+    engine._thread.join(60)
+    come("late")
+    assert {who: [error.code for error in errors] for who, errors in heard.items()} == {
+        who: ["engine_failed"] for who in heard
+    }
+    assert not engine.alive and calls[0].result(0) == "begun"
+    for call in calls[1:]:
+        with pytest.raises(ApiError, match="the server needs a restart"):
+            call.result(0)
 
 
 def test_a_drain_ends_what_was_begun(tmp_path: Path) -> None:

@@ -105,6 +105,19 @@ def test_it_is_what_the_command_of_enrolment_reads_and_writes(tmp_path: Path) ->
         roster(tmp_path, names=Registry(("agnes", "anna", "tilda"), ("maren",), spare=2))
 
 
+def test_who_was_forgotten_by_the_command_stays_forgotten(tmp_path: Path) -> None:
+    known = roster(tmp_path)
+    known.add(known.person("anna", known.reserve("anna"), VECTOR, ()))
+    anna = known.of("anna")
+    people.file_of(tmp_path, anna.row).unlink()
+    assert "restart it" in refused(409, known.change, anna) and not people.read(tmp_path)
+    # Their row is somebody else's by now, whose file is left alone.
+    people.write(tmp_path, Person("berta", anna.row, 5, "weights", VECTOR, (), {}))
+    assert "restart it" in refused(409, known.change, anna)
+    assert known.remove("anna") == anna.row and not known.enrolled
+    assert [person.name for person in people.read(tmp_path)] == ["berta"]
+
+
 def test_a_run_without_rows_enrols_nobody(tmp_path: Path) -> None:
     known = roster(tmp_path, table=None)
     assert "no rows for queriers" in refused(409, known.reserve, "anna")

@@ -61,8 +61,26 @@ def template_of(tokenizer: Tokenizer) -> Template:
         return Template(bos, (vocabulary["<|start_header_id|>"],), between, (vocabulary["<|eot_id|>"],), ())
     raise UserError(
         "config.base has a tokeniser with neither ChatML (<|im_start|>, <|im_end|>) nor Llama-3 header tokens "
-        f"({', '.join(LLAMA)}); use a chat model, or add the tokens to its vocabulary"
+        f"({', '.join(LLAMA)}); use a chat model, or add the tokens to its vocabulary and embeddings"
     )
+
+
+def check_template(template: Template, vocab: int) -> None:
+    """Makes sure that a model has embeddings of a template's tokens: a look-up beyond them would give the last one's.
+
+    Args:
+      template: of its tokeniser.
+      vocab: how many embeddings it has.
+
+    Raises:
+      UserError: it has not.
+    """
+    largest = max((*template.bos, *template.start, *template.between, *template.end, *template.after))
+    if largest >= vocab:
+        raise UserError(
+            f"config.base has a tokeniser whose chat markers go up to id {largest}, and embeddings of ids below {vocab} only; "
+            "resize the model's embeddings to its tokeniser and save both"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,8 +19,9 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from qaperso import generate, people
+from qaperso import generate, people, reply
 from qaperso.batching import Batcher, Model, Progress
+from qaperso.data.store import STRANGER_NAME
 from qaperso.data.text import Encoded
 from qaperso.generate import Sampling
 from qaperso.server.meters import Meters
@@ -70,6 +71,8 @@ class Engine:
         self._batcher = Batcher(model, limits.slots, longest)
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
+        # Held while `failed` is set or a command is put, so that none comes after the last look at the queue.
+        self._taking = threading.Lock()
         self._token_seconds = PACE
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -90,28 +93,28 @@ class Engine:
 
     def submit(self, ticket: Ticket) -> None:
         """Asks for a reply; for the event loop's thread."""
-        if self.failed is not None:
+        if not self._put(lambda: self._submit(ticket)):
             ticket.deliver(_gone())
-        self._commands.put(lambda: self._submit(ticket))
 
     def cancel(self, ticket: Ticket) -> None:
         """Gives a reply up; nothing more is delivered but what is on its way. Does nothing to one that is finished."""
-        self._commands.put(lambda: self._drop([ticket]))
+        self._put(lambda: self._drop([ticket]))
 
     def call(self, function: Callable[[], Any]) -> concurrent.futures.Future:
-        """Runs a function between two steps; its result or error comes in the future."""
+        """Runs a function between two steps; its result or error comes in the future, `ApiError` 500 where the engine has failed."""
         future: concurrent.futures.Future = concurrent.futures.Future()
 
         def run() -> None:
             if future.set_running_or_notify_cancel():
                 try:
+                    if self.failed is not None:
+                        raise _gone()
                     future.set_result(function())
                 except Exception as error:
                     future.set_exception(error)
 
-        self._commands.put(run)
-        if self.failed is not None:
-            future.cancel()
+        if not self._put(run):
+            run()
         return future
 
     def set_row(self, row: int, vector: Float[np.ndarray, " D"]) -> concurrent.futures.Future:
@@ -133,9 +136,26 @@ class Engine:
         except BaseException as error:
             # Out of memory, a lost device: whoever waits is told, and readiness with health says it to the rest.
             logging.exception("the engine stopped")
-            self.failed = error
+            with self._taking:
+                self.failed = error
             self.ready.clear()
-            self._tell([(ticket, _gone()) for ticket in self._tickets.values()])
+            self._give_up()
+
+    def _put(self, command: Callable[[], None]) -> bool:
+        """Puts a command into the queue; False where the engine has failed, and nobody would read it."""
+        with self._taking:
+            if self.failed is None:
+                self._commands.put(command)
+            return self.failed is None
+
+    def _give_up(self) -> None:
+        """Tells all who wait, those as well whose command was still in the queue."""
+        begun, self._tickets = self._tickets, {}
+        while not self._commands.empty():
+            # Of a reply that is asked for the ticket is kept, to be told; a call hears it in its future.
+            if (command := self._commands.get()) is not None:
+                command()
+        self._tell([(ticket, _gone()) for ticket in (*begun.values(), *self._tickets.values())])
 
     def _obey(self) -> bool:
         """Does what came in; waits for something where there is nothing to write. False = stop."""
@@ -206,10 +226,13 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compiles what requests need, a program for each bucket of prompts and the step, and times the step."""
-        length, size = self.model.run.config.batch.length, generate.bucket(1)
+        run = self.model.run
+        length, size = run.config.batch.length, generate.bucket(1)
+        # Soft tokens, where the method has such, are made of what is looked up, and make other programs.
+        columns = run.columns(reply.question(run, [], STRANGER_NAME, "", run.registry.responders[0]))
         while True:
             count = min(size, length)
-            prompt = Encoded(*np.zeros((2, count), np.int32), np.zeros(count, bool))
+            prompt = Encoded(*np.zeros((2, count), np.int32), np.zeros(count, bool), columns=columns)
             self._batcher.submit(prompt, STRANGER, Sampling(2, 1.0, 0.9))
             while self._batcher.busy:
                 self._batcher.step()

@@ -157,11 +157,19 @@ class Roster:
         """Puts somebody who is enrolled in the place of what was known of them, in their file first.
 
         Raises:
+          ApiError: 409: a command outside of the server has forgotten them.
           UserError: the file cannot be written; nothing changed.
         """
         with people.locked(self._folder):
+            if not self._has(person):
+                message = f"'{person.name}' was forgotten outside of this server meanwhile; restart it to know of that"
+                raise ApiError(409, message, "querier_forgotten", "name")
             people.write(self._folder, person)
         self._know(person)
+
+    def _has(self, person: Person) -> bool:
+        """Whether the row's file is still this person's; to be called under `people.locked`."""
+        return any((other.row, other.name) == (person.row, person.name) for other in people.read(self._folder))
 
     def of(self, name: str) -> Person:
         """Who was enrolled under a name.
@@ -185,9 +193,11 @@ class Roster:
           ApiError: 404 or 409: nobody of that name, or somebody of the training data.
           UserError, OSError: the folder cannot be written; nothing changed.
         """
-        row = self.of(name).row
+        person = self.of(name)
         with people.locked(self._folder):
-            people.file_of(self._folder, row).unlink(missing_ok=True)
+            # Whom a command has forgotten meanwhile has no file, and the one of their row is somebody else's.
+            if self._has(person):
+                people.file_of(self._folder, person.row).unlink()
         del self.enrolled[name], self._rows[name]
-        self._places.pop(row, None)
-        return row
+        self._places.pop(person.row, None)
+        return person.row
