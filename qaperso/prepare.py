@@ -140,7 +140,8 @@ def _write(options: argparse.Namespace, paths: list[Path], folder: Path) -> dict
         )
         merged = merge(columns, files, rules, unread)
         if options.pseudonyms:
-            names = set().union(*run(shards.speakers_of, files))
+            # Those who never speak to anybody who was asked for may be spoken of.
+            names = frozenset().union(*(own.speakers for own in columns))
             hidden = clean.Pseudonyms(_secret(Path(options.pseudonyms)), names)
             renamed, counts = zip(*run(shards.rename_shard, [(file, hidden) for file in files]), strict=True)
             merged = merged.renamed(renamed, sum(counts, collections.Counter()))
@@ -150,7 +151,9 @@ def _write(options: argparse.Namespace, paths: list[Path], folder: Path) -> dict
     _write_json(folder / "registry.json", merged.registry())
     lines = (json.dumps({"group": group, "split": split}) for group, split in merged.group_splits())
     (folder / "splits.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    stats = {"format": {"name": kind, "why": why}, **merged.stats, "clusters": report}
+    # The reason names files, whose names may be those of people.
+    told = "run without pseudonyms to see" if options.pseudonyms else why
+    stats = {"format": {"name": kind, "why": told}, **merged.stats, "clusters": report}
     _write_json(folder / "stats.json", stats)
     return stats
 

@@ -364,6 +364,28 @@ def test_aliases_scrubbing_and_pseudonyms(tmp_path):
     assert stats_of(tmp_path / "out")["counts"]["email"] == 1
 
 
+def test_pseudonyms_of_those_who_never_speak_to_whom_is_asked_for(tmp_path):
+    items = [*scenes(), {"group": "apart", "turns": talk(900, "zebulon", "ann")}]
+    items[0]["turns"][0]["text"] = "Zebulon told me that the harbour is closed"
+    (tmp_path / "secret").write_text("a secret that nobody guesses")
+    how = ("--pseudonyms", str(tmp_path / "secret"))
+    code, _, err = call(write(tmp_path / "in.jsonl", items), tmp_path / "out", *how)
+    assert code == 0, err
+    (told,) = (t.text for d in prepared.read(tmp_path / "out") for t in d.turns if "told me that" in t.text)
+    assert not told.startswith("Zebulon") and told.endswith(" told me that the harbour is closed")
+
+
+def test_pseudonyms_hide_the_names_of_files(tmp_path):
+    write(tmp_path / "in" / "zebulon.jsonl", scenes())
+    (tmp_path / "secret").write_text("a secret that nobody guesses")
+    assert call(tmp_path / "in", tmp_path / "plain")[0] == 0
+    assert stats_of(tmp_path / "plain")["format"]["why"].startswith("zebulon.jsonl: JSON lines")
+    code, _, err = call(tmp_path / "in", tmp_path / "out", "--pseudonyms", str(tmp_path / "secret"))
+    assert code == 0, err
+    assert stats_of(tmp_path / "out")["format"] == {"name": "scenes", "why": "run without pseudonyms to see"}
+    assert not any(b"zebulon" in (content or b"") for content in tiny.contents(tmp_path / "out").values())
+
+
 def test_killed_while_it_works(made, tmp_path):
     """Whenever it is killed, there is either no data set or a whole one; the next run makes the same."""
     words = [sys.executable, "-m", "qaperso.prepare", "--input", str(made[0]), "--responder", "rex", "--clusters", "3"]

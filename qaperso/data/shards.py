@@ -172,11 +172,6 @@ def chosen(path: Path, rows: np.ndarray) -> list[Dialogue]:
     return [dialogues[i] for i in rows]
 
 
-def speakers_of(path: Path) -> set[str]:
-    """Everybody who speaks in a shard."""
-    return set().union(*(clean.speakers(d) for d in saved(path)))
-
-
 def rename_shard(task: tuple[Path, clean.Pseudonyms]) -> tuple[list[tuple[str, str, str]], collections.Counter]:
     """Puts pseudonyms for names in a shard; returns every dialogue's (responder, querier, group), and counts."""
     path, names = task
