@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import collections
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,24 @@ def test_readers_share_one_interface(name: str) -> None:
 def test_nothing_of_a_folder_of_the_format_is_left(name: str) -> None:
     """Outputs of LaMP and lists of Slack are read beside the units."""
     assert shards.unread(name, [FIXTURES / name]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "called"),
+    [
+        ("whatsapp", "WhatsApp Chat with Ida.txt", "WhatsApp Chat with Dev.txt"),
+        ("whatsapp", "WhatsApp Chat with Ida.txt", "test/_chat.txt"),
+        ("telegram", "result.json", "test/result.json"),
+        ("discord", "Quay - harbour [9].json", "Dev - harbour [9].json"),
+        ("slack", "harbour", "dev"),
+    ],
+)
+def test_names_of_people_and_channels_are_no_splits(tmp_path: Path, name: str, file: str, called: str) -> None:
+    folder = tmp_path / name
+    shutil.copytree(FIXTURES / name, folder)
+    (folder / "test").mkdir()
+    records = list(load(name).read((folder / file).rename(folder / called), collections.Counter()))
+    assert records and {record.split for record in records} == {None}
 
 
 def test_unknown_format() -> None:

@@ -125,12 +125,11 @@ def read(
     if not talk and not threads:
         common.fail(unit, "no message of a person with text", "at least one", "; leave this folder out")
     name = common.as_name(unit.name, f"{unit}: name")
-    split = common.split_of(unit)
     if talk:
-        yield Conversation(name, _sorted(talk), name, split)
+        yield Conversation(name, _sorted(talk), name)
     for thread in sorted(threads, key=float):
         first = [firsts[thread]] if thread in firsts else []
-        yield Conversation(f"{name}/{thread}", _sorted(first + threads[thread]), name, split)
+        yield Conversation(f"{name}/{thread}", _sorted(first + threads[thread]), name)
 
 
 def _sorted(timed: list[tuple[float, Message]]) -> tuple[Message, ...]:

@@ -95,7 +95,7 @@ def read(
             own = chat.get("name") or str(chat.get("type") or "chat")
             name = common.as_name(own, f"{place}.name") + f"#{common.as_name(chat.get('id', number), f'{place}.id')}"
             fields = {"type": chat["type"]} if isinstance(chat.get("type"), str) else {}
-            yield Conversation(name, tuple(messages), name, common.split_of(unit), fields)
+            yield Conversation(name, tuple(messages), name, fields=fields)
     if not found:
         common.fail(unit, "no message of a person with text", "at least one", "; export chats with their messages")
 
