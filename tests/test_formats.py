@@ -51,6 +51,20 @@ def test_names_of_people_and_channels_are_no_splits(tmp_path: Path, name: str, f
     assert records and {record.split for record in records} == {None}
 
 
+def test_hidden_files_are_no_input(tmp_path: Path) -> None:
+    """What editors and systems leave in a folder is neither read nor part of what the data was made from."""
+    table = "sender,text\nIda,Is it ready?\nNoor,Almost.\n"
+    (tmp_path / "chats.csv").write_text(table)
+    before = shards.fingerprint([tmp_path])
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "chats-checkpoint.csv").write_text(table)
+    (tmp_path / "._chats.csv").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / ".DS_Store").write_bytes(b"\x00")
+    assert load("table").units(tmp_path) == [tmp_path / "chats.csv"]
+    assert detect(tmp_path)[1] == "chats.csv: a table with the columns sender, text"
+    assert shards.fingerprint([tmp_path]) == before and before["files"] == 1
+
+
 def test_unknown_format() -> None:
     with pytest.raises(UserError) as caught:
         load("whatsap")

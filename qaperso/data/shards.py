@@ -113,12 +113,8 @@ def unread(format: str, paths: list[Path]) -> list[str]:
     beside = getattr(module, "beside", lambda unit: ())
     units = [unit for path in paths for unit in module.units(path)]
     read = {file.resolve() for unit in units for file in (unit, *beside(unit))}
-    inside = {(file.relative_to(path), file) for path in paths if path.is_dir() for file in path.rglob("*")}
-    return sorted(
-        name.as_posix()
-        for name, file in inside
-        if not any(part.startswith(".") for part in name.parts) and file.is_file() and file.resolve() not in read
-    )
+    inside = {(file.relative_to(path), file) for path in paths if path.is_dir() for file in formats.visible(path)}
+    return sorted(name.as_posix() for name, file in inside if file.resolve() not in read)
 
 
 def read_shard(task: ReadTask) -> Columns:
@@ -235,21 +231,20 @@ def write_shard(task: WriteTask) -> int:
 
 
 def fingerprint(paths: list[Path]) -> dict[str, Any]:
-    """What a preparation was made from: number of files, bytes, and a sha256 over names, sizes and contents."""
+    """What a preparation was made from: number of visible files, bytes, and a sha256 over names and contents."""
     files = sorted(
         {
             (f.relative_to(p) if f != p else Path(f.name), f)
             for p in paths
-            for f in ([p] if p.is_file() else p.rglob("*"))
+            for f in ([p] if p.is_file() else formats.visible(p))
         }
     )
     total, size, count = hashlib.sha256(), 0, 0
     for name, file in files:
-        if file.is_file():
-            try:
-                content = prepared.digest(file)
-            except OSError as error:
-                raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from error
-            total.update(f"{name.as_posix()}\0{content}\n".encode())
-            size, count = size + file.stat().st_size, count + 1
+        try:
+            content = prepared.digest(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from error
+        total.update(f"{name.as_posix()}\0{content}\n".encode())
+        size, count = size + file.stat().st_size, count + 1
     return {"files": count, "bytes": size, "sha256": total.hexdigest()}
