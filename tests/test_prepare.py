@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import random
 import shutil
 import signal
@@ -324,6 +325,20 @@ def test_files_of_another_format(tmp_path):
     assert call(folder, tmp_path / "hidden", "--pseudonyms", str(tmp_path / "secret"))[0] == 0
     assert stats_of(tmp_path / "hidden")["counts"]["files not read"] == 2
     assert "a.txt" not in (tmp_path / "hidden" / "stats.json").read_text()
+
+
+def test_names_of_files_that_are_no_text(tmp_path):
+    """As archives from elsewhere unpack; the names of what is read and of what is not."""
+    folder = tmp_path / "in"
+    write(folder / os.fsdecode(b"caf\xe9") / "a.jsonl", scenes(30))
+    write(folder / "b.jsonl", scenes(30, seed=1))
+    write(folder / os.fsdecode(b"caf\xe9.txt"), ["notes"])
+    code, _, err = call(folder, tmp_path / "out")
+    assert code == 0, err
+    assert {d.id.rpartition("/scene ")[0] for d in prepared.read(tmp_path / "out")} == {"caf?/a/a", "b/b"}
+    assert stats_of(tmp_path / "out")["dropped"] == {"files not read": ["caf?.txt"]}
+    write(folder / os.fsdecode(b"caf\xe8.txt"), ["notes"])
+    assert "from other input" in refused(folder, tmp_path / "out")
 
 
 # What the options do.

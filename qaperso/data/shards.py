@@ -15,6 +15,7 @@ import numpy as np
 from qaperso.data import clean, duplicates, formats, prepared, runs
 from qaperso.data import clusters as topics
 from qaperso.data.features import count_terms, draw_queries, query_text
+from qaperso.data.formats.common import writable
 from qaperso.data.splits import text_key
 from qaperso.errors import UserError
 from qaperso.types import Dialogue
@@ -96,7 +97,8 @@ def read_tasks(reading: Reading, paths: list[Path], folder: Path) -> list[ReadTa
     for path, unit in units:
         inside = unit.relative_to(path) if unit != path else Path(unit.name)
         # Lines of the canonical format carry ids of their own; elsewhere ids are unique within a unit only.
-        prefix = "" if len(units) == 1 or reading.format == "jsonl" else inside.with_suffix("").as_posix() + "/"
+        own = len(units) == 1 or reading.format == "jsonl"
+        prefix = "" if own else writable(inside.with_suffix("").as_posix()) + "/"
         size = unit.stat().st_size if module.LINES and unit.is_file() else 0
         for start in range(0, max(size, 1), SHARD_BYTES):
             stop = None if start + SHARD_BYTES >= size else start + SHARD_BYTES
@@ -114,7 +116,7 @@ def unread(format: str, paths: list[Path]) -> list[str]:
     units = [unit for path in paths for unit in module.units(path)]
     read = {file.resolve() for unit in units for file in (unit, *beside(unit))}
     inside = {(file.relative_to(path), file) for path in paths if path.is_dir() for file in formats.visible(path)}
-    return sorted(name.as_posix() for name, file in inside if file.resolve() not in read)
+    return sorted(writable(name.as_posix()) for name, file in inside if file.resolve() not in read)
 
 
 def read_shard(task: ReadTask) -> Columns:
@@ -245,6 +247,6 @@ def fingerprint(paths: list[Path]) -> dict[str, Any]:
             content = prepared.digest(file)
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from error
-        total.update(f"{name.as_posix()}\0{content}\n".encode())
+        total.update(f"{name.as_posix()}\0{content}\n".encode("utf-8", "surrogateescape"))
         size, count = size + file.stat().st_size, count + 1
     return {"files": count, "bytes": size, "sha256": total.hexdigest()}

@@ -14,7 +14,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qaperso.data.formats.common import as_list, as_text, decode_json, fail, json_lines, place_of, read_text, show
+from qaperso.data.formats.common import (
+    as_list,
+    as_text,
+    decode_json,
+    fail,
+    json_lines,
+    place_of,
+    read_text,
+    show,
+    writable,
+)
 from qaperso.errors import UserError, nearest
 
 # From the most to the least specific: the first one that fits wins.
@@ -85,7 +95,7 @@ def detect(path: Path) -> tuple[str, str]:
     if not found:
         fail(path, "nothing that looks like a known format", "one of " + ", ".join(FORMATS), "; say --format NAME")
     first, *others = (name for name in FORMATS if name in found)
-    return first, found[first] + (f"; it also looks like {', '.join(others)}" if others else "")
+    return first, writable(found[first]) + (f"; it also looks like {', '.join(others)}" if others else "")
 
 
 def _looks(path: Path) -> dict[str, str]:

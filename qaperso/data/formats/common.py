@@ -36,6 +36,11 @@ def fail(place: object, found: object, expected: str, mend: str) -> NoReturn:
     raise UserError(" ".join(f"{place}: found {found}, expected {expected}{mend}".splitlines()))
 
 
+def writable(text: str) -> str:
+    """`text`, which may name files, with "?" for what cannot be written as UTF-8: a name of a file may be any bytes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def show(value: Any) -> str:
     """Names a JSON value in an error."""
     if isinstance(value, dict):
