@@ -19,6 +19,7 @@ from typing import Any
 
 from qaperso import engine
 from qaperso.data import clean, clusters, formats, prepared, shards
+from qaperso.data.formats.common import normal
 from qaperso.data.merge import Merged, Merging, merge
 from qaperso.data.topics import Topics, find_clusters
 from qaperso.errors import UserError, command
@@ -279,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, expected in NOT_NEGATIVE.items():
         if not (value := getattr(options, name)) >= 0:  # nor is it NaN
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+    # As readers give names: a name that is copied from a file's may come in pieces (NFD).
+    options.responder = [normal(name) for name in options.responder]
     options.column = [_pair(text) for text in options.column]
     options.clusters = _clusters(options.clusters)
     print(summary(prepare(options)))

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -388,6 +389,14 @@ def test_pseudonyms_of_those_who_never_speak_to_whom_is_asked_for(tmp_path):
     assert code == 0, err
     (told,) = (t.text for d in prepared.read(tmp_path / "out") for t in d.turns if "told me that" in t.text)
     assert not told.startswith("Zebulon") and told.endswith(" told me that the harbour is closed")
+
+
+def test_responder_in_another_form_of_unicode(tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"group": f"g{i}", "turns": talk(i, "ann", "René")} for i in range(20)])
+    how = ("--responder", unicodedata.normalize("NFD", "René") + " ")
+    code, _, err = call(source, tmp_path / "out", *how)
+    assert code == 0, err
+    assert {d.responder for d in prepared.read(tmp_path / "out")} == {"René"}
 
 
 def test_pseudonyms_hide_the_names_of_files(tmp_path):
