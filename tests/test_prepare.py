@@ -208,6 +208,26 @@ def test_files_that_contradict_each_other(tmp_path):
     assert stats_of(tmp_path / "out")["counts"]["dialogues dropped: read twice"] == 1
 
 
+def test_exports_that_overlap(tmp_path):
+    """The same days stand in an older and a newer export; the same words at another time are no copy."""
+
+    def export(days: int) -> dict[str, Any]:
+        messages = []
+        for day in range(days):
+            for k, turn in enumerate(talk(day % 25, "Ida", "Noor", 2)):
+                who = {"from": turn["speaker"], "from_id": f"user of {turn['speaker']}"}
+                at = str(1619863200 + 86400 * day + k)
+                messages.append({"type": "message", "date_unixtime": at, "text": turn["text"], **who})
+        return {"name": "Ida", "type": "personal_chat", "id": 77, "messages": messages}
+
+    for name, days in (("ChatExport_1", 20), ("ChatExport_2", 30)):
+        write(tmp_path / "in" / name / "result.json", [export(days)])
+    code, _, err = call(tmp_path / "in", tmp_path / "out", "--responder", "Noor", "--duplicates", "0")
+    assert code == 0, err
+    assert sorted(d.time for d in prepared.read(tmp_path / "out")) == [1619863201.0 + 86400 * day for day in range(30)]
+    assert stats_of(tmp_path / "out")["counts"]["dialogues dropped: read twice"] == 20
+
+
 def test_bad_bytes_lines_and_names(tmp_path):
     good = json.dumps(scenes(1)[0]).encode()
     long = b'{"group": "' + b"x" * (50 * 2**20) + b'"}'
