@@ -19,6 +19,7 @@ from typing import Any
 
 from qaperso import engine
 from qaperso.data import clean, clusters, formats, prepared, shards
+from qaperso.data.formats.common import normal
 from qaperso.data.merge import Merged, Merging, merge
 from qaperso.data.topics import Topics, find_clusters
 from qaperso.errors import UserError, command
@@ -140,7 +141,8 @@ def _write(options: argparse.Namespace, paths: list[Path], folder: Path) -> dict
         )
         merged = merge(columns, files, rules, unread)
         if options.pseudonyms:
-            names = set().union(*run(shards.speakers_of, files))
+            # Those who never speak to anybody who was asked for may be spoken of.
+            names = frozenset().union(*(own.speakers for own in columns))
             hidden = clean.Pseudonyms(_secret(Path(options.pseudonyms)), names)
             renamed, counts = zip(*run(shards.rename_shard, [(file, hidden) for file in files]), strict=True)
             merged = merged.renamed(renamed, sum(counts, collections.Counter()))
@@ -150,7 +152,9 @@ def _write(options: argparse.Namespace, paths: list[Path], folder: Path) -> dict
     _write_json(folder / "registry.json", merged.registry())
     lines = (json.dumps({"group": group, "split": split}) for group, split in merged.group_splits())
     (folder / "splits.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    stats = {"format": {"name": kind, "why": why}, **merged.stats, "clusters": report}
+    # The reason names files, whose names may be those of people.
+    told = "run without pseudonyms to see" if options.pseudonyms else why
+    stats = {"format": {"name": kind, "why": told}, **merged.stats, "clusters": report}
     _write_json(folder / "stats.json", stats)
     return stats
 
@@ -276,6 +280,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, expected in NOT_NEGATIVE.items():
         if not (value := getattr(options, name)) >= 0:  # nor is it NaN
             raise UserError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+    # As readers give names: a name that is copied from a file's may come in pieces (NFD).
+    options.responder = [normal(name) for name in options.responder]
     options.column = [_pair(text) for text in options.column]
     options.clusters = _clusters(options.clusters)
     print(summary(prepare(options)))

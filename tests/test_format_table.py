@@ -120,6 +120,9 @@ def test_newest_first_is_turned_round(tmp_path: Path):
     assert [m.text for m in found[0].messages] == ["a", "b"] and counts == {"turned round": 1}
     found, counts = read(tmp_path / "a.csv", "sender,text,time\nIda,b,1619863200\nNoor,a,1619863200\n")
     assert [m.text for m in found[0].messages] == ["b", "a"] and counts == {}
+    # A cell without a time says nothing of the order.
+    found, counts = read(tmp_path / "a.csv", "sender,text,time\nIda,c,1619863201\nNoor,b,\nIda,a,1619863200\n")
+    assert [m.text for m in found[0].messages] == ["a", "b", "c"] and counts == {"turned round": 1}
 
 
 def test_own_messages(tmp_path: Path):

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import collections
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,38 @@ def test_readers_share_one_interface(name: str) -> None:
 def test_nothing_of_a_folder_of_the_format_is_left(name: str) -> None:
     """Outputs of LaMP and lists of Slack are read beside the units."""
     assert shards.unread(name, [FIXTURES / name]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "called"),
+    [
+        ("whatsapp", "WhatsApp Chat with Ida.txt", "WhatsApp Chat with Dev.txt"),
+        ("whatsapp", "WhatsApp Chat with Ida.txt", "test/_chat.txt"),
+        ("telegram", "result.json", "test/result.json"),
+        ("discord", "Quay - harbour [9].json", "Dev - harbour [9].json"),
+        ("slack", "harbour", "dev"),
+    ],
+)
+def test_names_of_people_and_channels_are_no_splits(tmp_path: Path, name: str, file: str, called: str) -> None:
+    folder = tmp_path / name
+    shutil.copytree(FIXTURES / name, folder)
+    (folder / "test").mkdir()
+    records = list(load(name).read((folder / file).rename(folder / called), collections.Counter()))
+    assert records and {record.split for record in records} == {None}
+
+
+def test_hidden_files_are_no_input(tmp_path: Path) -> None:
+    """What editors and systems leave in a folder is neither read nor part of what the data was made from."""
+    table = "sender,text\nIda,Is it ready?\nNoor,Almost.\n"
+    (tmp_path / "chats.csv").write_text(table)
+    before = shards.fingerprint([tmp_path])
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    (tmp_path / ".ipynb_checkpoints" / "chats-checkpoint.csv").write_text(table)
+    (tmp_path / "._chats.csv").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / ".DS_Store").write_bytes(b"\x00")
+    assert load("table").units(tmp_path) == [tmp_path / "chats.csv"]
+    assert detect(tmp_path)[1] == "chats.csv: a table with the columns sender, text"
+    assert shards.fingerprint([tmp_path]) == before and before["files"] == 1
 
 
 def test_unknown_format() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +208,26 @@ def test_files_that_contradict_each_other(tmp_path):
     assert stats_of(tmp_path / "out")["counts"]["dialogues dropped: read twice"] == 1
 
 
+def test_exports_that_overlap(tmp_path):
+    """The same days stand in an older and a newer export; the same words at another time are no copy."""
+
+    def export(days: int) -> dict[str, Any]:
+        messages = []
+        for day in range(days):
+            for k, turn in enumerate(talk(day % 25, "Ida", "Noor", 2)):
+                who = {"from": turn["speaker"], "from_id": f"user of {turn['speaker']}"}
+                at = str(1619863200 + 86400 * day + k)
+                messages.append({"type": "message", "date_unixtime": at, "text": turn["text"], **who})
+        return {"name": "Ida", "type": "personal_chat", "id": 77, "messages": messages}
+
+    for name, days in (("ChatExport_1", 20), ("ChatExport_2", 30)):
+        write(tmp_path / "in" / name / "result.json", [export(days)])
+    code, _, err = call(tmp_path / "in", tmp_path / "out", "--responder", "Noor", "--duplicates", "0")
+    assert code == 0, err
+    assert sorted(d.time for d in prepared.read(tmp_path / "out")) == [1619863201.0 + 86400 * day for day in range(30)]
+    assert stats_of(tmp_path / "out")["counts"]["dialogues dropped: read twice"] == 20
+
+
 def test_bad_bytes_lines_and_names(tmp_path):
     good = json.dumps(scenes(1)[0]).encode()
     long = b'{"group": "' + b"x" * (50 * 2**20) + b'"}'
@@ -326,6 +348,20 @@ def test_files_of_another_format(tmp_path):
     assert "a.txt" not in (tmp_path / "hidden" / "stats.json").read_text()
 
 
+def test_names_of_files_that_are_no_text(tmp_path):
+    """As archives from elsewhere unpack; the names of what is read and of what is not."""
+    folder = tmp_path / "in"
+    write(folder / os.fsdecode(b"caf\xe9") / "a.jsonl", scenes(30))
+    write(folder / "b.jsonl", scenes(30, seed=1))
+    write(folder / os.fsdecode(b"caf\xe9.txt"), ["notes"])
+    code, _, err = call(folder, tmp_path / "out")
+    assert code == 0, err
+    assert {d.id.rpartition("/scene ")[0] for d in prepared.read(tmp_path / "out")} == {"caf?/a/a", "b/b"}
+    assert stats_of(tmp_path / "out")["dropped"] == {"files not read": ["caf?.txt"]}
+    write(folder / os.fsdecode(b"caf\xe8.txt"), ["notes"])
+    assert "from other input" in refused(folder, tmp_path / "out")
+
+
 # What the options do.
 
 
@@ -362,6 +398,36 @@ def test_aliases_scrubbing_and_pseudonyms(tmp_path):
     asked = next(d for d in dialogues if "[email]" in d.turns[0].text)
     assert asked.turns[0].text.startswith(asked.responder + ", write to [email]")
     assert stats_of(tmp_path / "out")["counts"]["email"] == 1
+
+
+def test_pseudonyms_of_those_who_never_speak_to_whom_is_asked_for(tmp_path):
+    items = [*scenes(), {"group": "apart", "turns": talk(900, "zebulon", "ann")}]
+    items[0]["turns"][0]["text"] = "Zebulon told me that the harbour is closed"
+    (tmp_path / "secret").write_text("a secret that nobody guesses")
+    how = ("--pseudonyms", str(tmp_path / "secret"))
+    code, _, err = call(write(tmp_path / "in.jsonl", items), tmp_path / "out", *how)
+    assert code == 0, err
+    (told,) = (t.text for d in prepared.read(tmp_path / "out") for t in d.turns if "told me that" in t.text)
+    assert not told.startswith("Zebulon") and told.endswith(" told me that the harbour is closed")
+
+
+def test_responder_in_another_form_of_unicode(tmp_path):
+    source = write(tmp_path / "in.jsonl", [{"group": f"g{i}", "turns": talk(i, "ann", "René")} for i in range(20)])
+    how = ("--responder", unicodedata.normalize("NFD", "René") + " ")
+    code, _, err = call(source, tmp_path / "out", *how)
+    assert code == 0, err
+    assert {d.responder for d in prepared.read(tmp_path / "out")} == {"René"}
+
+
+def test_pseudonyms_hide_the_names_of_files(tmp_path):
+    write(tmp_path / "in" / "zebulon.jsonl", scenes())
+    (tmp_path / "secret").write_text("a secret that nobody guesses")
+    assert call(tmp_path / "in", tmp_path / "plain")[0] == 0
+    assert stats_of(tmp_path / "plain")["format"]["why"].startswith("zebulon.jsonl: JSON lines")
+    code, _, err = call(tmp_path / "in", tmp_path / "out", "--pseudonyms", str(tmp_path / "secret"))
+    assert code == 0, err
+    assert stats_of(tmp_path / "out")["format"] == {"name": "scenes", "why": "run without pseudonyms to see"}
+    assert not any(b"zebulon" in (content or b"") for content in tiny.contents(tmp_path / "out").values())
 
 
 def test_killed_while_it_works(made, tmp_path):

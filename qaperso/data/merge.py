@@ -97,7 +97,8 @@ def _per_split(names: Sequence[str], split: np.ndarray) -> dict[str, collections
 def merge(shards: Sequence[Columns], files: Sequence[Path], rules: Merging, unread: Sequence[str] = ()) -> Merged:
     """Decides which dialogues are kept, and their splits (ours).
 
-    In this order: a dialogue whose id and text are there already is dropped; near-duplicates of one querier and responder
+    In this order: a dialogue is dropped that is there already, by its id and text, or because the same two said the same
+    at the same time in one group (as exports of a chat have it that overlap); near-duplicates of one querier and responder
     in different groups are dropped but for the first; so are the dialogues of pairs with too few replies. Then splits are
     drawn, with groups of equal or nearly equal text as one, and checked.
 
@@ -128,7 +129,7 @@ def merge(shards: Sequence[Columns], files: Sequence[Path], rules: Merging, unre
         return keep[flags]
 
     keep = np.arange(len(whole.ids))
-    keep = drop("read twice", keep, _first_of_id(whole))
+    keep = drop("read twice", keep, _first_read(whole))
     near = np.arange(len(keep))
     if rules.threshold and len(keep):
         signatures = np.concatenate([np.load(f.with_suffix(".npy")) for f in files])[keep]
@@ -212,9 +213,10 @@ def _check_responders(whole: _Table, speakers: Collection[str], asked: Sequence[
             raise UserError(f"--responder: {found}{nearest(name, {*speakers} - {name})}")
 
 
-def _first_of_id(whole: _Table) -> np.ndarray:
-    """bool[n]: False for a dialogue that is there already, with the same id and text."""
+def _first_read(whole: _Table) -> np.ndarray:
+    """bool[n]: False for a dialogue that is there already: its id and text, or its people, group, text and time."""
     first: dict[str, int] = {}
+    said: set[tuple[str | None, str, str, str, bytes, float]] = set()
     flags = np.ones(len(whole.ids), bool)
     for i, name in enumerate(whole.ids):
         other = first.setdefault(name, i)
@@ -225,6 +227,11 @@ def _first_of_id(whole: _Table) -> np.ndarray:
                     f"{places}: found dialogue {name!r} with two different texts, expected one; correct or rename one of them"
                 )
             flags[i] = False
+        elif (time := whole.times[i]) is not None:
+            # Copies in two given splits stay: they are a leak, to be told.
+            event = (whole.given[i], whole.responders[i], whole.queriers[i], whole.groups[i], whole.keys[i], time)
+            flags[i] = event not in said
+            said.add(event)
     return flags
 
 

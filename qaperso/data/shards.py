@@ -15,6 +15,7 @@ import numpy as np
 from qaperso.data import clean, duplicates, formats, prepared, runs
 from qaperso.data import clusters as topics
 from qaperso.data.features import count_terms, draw_queries, query_text
+from qaperso.data.formats.common import writable
 from qaperso.data.splits import text_key
 from qaperso.errors import UserError
 from qaperso.types import Dialogue
@@ -96,7 +97,8 @@ def read_tasks(reading: Reading, paths: list[Path], folder: Path) -> list[ReadTa
     for path, unit in units:
         inside = unit.relative_to(path) if unit != path else Path(unit.name)
         # Lines of the canonical format carry ids of their own; elsewhere ids are unique within a unit only.
-        prefix = "" if len(units) == 1 or reading.format == "jsonl" else inside.with_suffix("").as_posix() + "/"
+        own = len(units) == 1 or reading.format == "jsonl"
+        prefix = "" if own else writable(inside.with_suffix("").as_posix()) + "/"
         size = unit.stat().st_size if module.LINES and unit.is_file() else 0
         for start in range(0, max(size, 1), SHARD_BYTES):
             stop = None if start + SHARD_BYTES >= size else start + SHARD_BYTES
@@ -113,12 +115,8 @@ def unread(format: str, paths: list[Path]) -> list[str]:
     beside = getattr(module, "beside", lambda unit: ())
     units = [unit for path in paths for unit in module.units(path)]
     read = {file.resolve() for unit in units for file in (unit, *beside(unit))}
-    inside = {(file.relative_to(path), file) for path in paths if path.is_dir() for file in path.rglob("*")}
-    return sorted(
-        name.as_posix()
-        for name, file in inside
-        if not any(part.startswith(".") for part in name.parts) and file.is_file() and file.resolve() not in read
-    )
+    inside = {(file.relative_to(path), file) for path in paths if path.is_dir() for file in formats.visible(path)}
+    return sorted(writable(name.as_posix()) for name, file in inside if file.resolve() not in read)
 
 
 def read_shard(task: ReadTask) -> Columns:
@@ -170,11 +168,6 @@ def chosen(path: Path, rows: np.ndarray) -> list[Dialogue]:
     """Some of a shard's dialogues, in the order of `rows`."""
     dialogues = saved(path)
     return [dialogues[i] for i in rows]
-
-
-def speakers_of(path: Path) -> set[str]:
-    """Everybody who speaks in a shard."""
-    return set().union(*(clean.speakers(d) for d in saved(path)))
 
 
 def rename_shard(task: tuple[Path, clean.Pseudonyms]) -> tuple[list[tuple[str, str, str]], collections.Counter]:
@@ -240,21 +233,20 @@ def write_shard(task: WriteTask) -> int:
 
 
 def fingerprint(paths: list[Path]) -> dict[str, Any]:
-    """What a preparation was made from: number of files, bytes, and a sha256 over names, sizes and contents."""
+    """What a preparation was made from: number of visible files, bytes, and a sha256 over names and contents."""
     files = sorted(
         {
             (f.relative_to(p) if f != p else Path(f.name), f)
             for p in paths
-            for f in ([p] if p.is_file() else p.rglob("*"))
+            for f in ([p] if p.is_file() else formats.visible(p))
         }
     )
     total, size, count = hashlib.sha256(), 0, 0
     for name, file in files:
-        if file.is_file():
-            try:
-                content = prepared.digest(file)
-            except OSError as error:
-                raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from error
-            total.update(f"{name.as_posix()}\0{content}\n".encode())
-            size, count = size + file.stat().st_size, count + 1
+        try:
+            content = prepared.digest(file)
+        except OSError as error:
+            raise UserError(f"{file} cannot be read ({error.strerror}); check the path") from error
+        total.update(f"{name.as_posix()}\0{content}\n".encode("utf-8", "surrogateescape"))
+        size, count = size + file.stat().st_size, count + 1
     return {"files": count, "bytes": size, "sha256": total.hexdigest()}

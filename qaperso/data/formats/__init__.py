@@ -14,7 +14,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qaperso.data.formats.common import as_list, as_text, decode_json, fail, json_lines, place_of, read_text, show
+from qaperso.data.formats.common import (
+    as_list,
+    as_text,
+    decode_json,
+    fail,
+    json_lines,
+    place_of,
+    read_text,
+    show,
+    writable,
+)
 from qaperso.errors import UserError, nearest
 
 # From the most to the least specific: the first one that fits wins.
@@ -79,14 +89,13 @@ def detect(path: Path) -> tuple[str, str]:
         fail(path, "nothing there", "a file or a folder", "; check the path")
     found = _looks(path)
     if not found and path.is_dir():
-        inside = (file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
-        for file in sorted(inside, key=Path.as_posix)[:FILES]:
+        for file in sorted(visible(path), key=Path.as_posix)[:FILES]:
             for name, reason in _looks(file).items():
                 found.setdefault(name, f"{file.relative_to(path)}: {reason}")
     if not found:
         fail(path, "nothing that looks like a known format", "one of " + ", ".join(FORMATS), "; say --format NAME")
     first, *others = (name for name in FORMATS if name in found)
-    return first, found[first] + (f"; it also looks like {', '.join(others)}" if others else "")
+    return first, writable(found[first]) + (f"; it also looks like {', '.join(others)}" if others else "")
 
 
 def _looks(path: Path) -> dict[str, str]:
@@ -132,8 +141,18 @@ def shape(head: str) -> set[str]:
     return keys
 
 
+def visible(folder: Path, name: str = "*") -> Iterator[Path]:
+    """The files of a folder at any depth whose names fit a pattern, but hidden ones and those in hidden folders.
+
+    Those are not what somebody has put there: copies that editors keep, what systems note beside a file.
+    """
+    for file in folder.rglob(name):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            yield file
+
+
 def files(path: Path, suffixes: Collection[str], name: str = "*") -> list[Path]:
-    """The file itself, or the folder's files with one of the suffixes at any depth, in the order of their paths.
+    """The file itself, or the folder's visible files with one of the suffixes, in the order of their paths.
 
     Args:
       path: a file or a folder.
@@ -148,7 +167,7 @@ def files(path: Path, suffixes: Collection[str], name: str = "*") -> list[Path]:
         return [path]
     if not path.is_dir():
         fail(path, "nothing there", "a file or a folder", "; check the path")
-    found = [file for file in path.rglob(name) if file.suffix.lower() in suffixes and file.is_file()]
+    found = [file for file in visible(path, name) if file.suffix.lower() in suffixes]
     if not found:
         wanted = " or ".join(name if name.endswith(suffix) else name + suffix for suffix in suffixes)
         fail(path, f"no {wanted} file in the folder", "at least one", "; check the path")

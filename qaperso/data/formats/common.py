@@ -36,6 +36,11 @@ def fail(place: object, found: object, expected: str, mend: str) -> NoReturn:
     raise UserError(" ".join(f"{place}: found {found}, expected {expected}{mend}".splitlines()))
 
 
+def writable(text: str) -> str:
+    """`text`, which may name files, with "?" for what cannot be written as UTF-8: a name of a file may be any bytes."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def show(value: Any) -> str:
     """Names a JSON value in an error."""
     if isinstance(value, dict):
@@ -204,7 +209,10 @@ def as_list(value: Any, place: str, what: str = "turns") -> list[Any]:
 
 
 def split_of(file: Path) -> str | None:
-    """The split that a file's own name or else its folder's name says."""
+    """The split that a file's own name or else its folder's name says.
+
+    Not for what apps export: their files are named after people and channels, and Dev and Val are people.
+    """
     words = re.split(r"[\W\d_]+", file.stem.lower())
     names = (words[0], words[-1], file.parent.name.lower())
     return next((SPLIT_WORDS[name] for name in names if name in SPLIT_WORDS), None)

@@ -90,7 +90,7 @@ def read(
     name = common.as_name(unit.stem, f"{unit}: name")
     names = {key: whole[key].get("name") for key in ("guild", "channel") if isinstance(whole.get(key), dict)}
     fields = {key: value for key, value in names.items() if isinstance(value, str)}
-    yield Conversation(name, tuple(messages), name, common.split_of(unit), fields)
+    yield Conversation(name, tuple(messages), name, fields=fields)
 
 
 def _author(item: Any, place: str) -> tuple[str, str, bool]:

@@ -14,7 +14,9 @@ LINES = False
 SUFFIXES = (".txt", ".text", ".md", ".script")
 
 # What stands before a colon at the start of a line; a full-width colon (Chinese, Japanese) needs no space after it.
-_CUE = re.compile(r"(?P<name>[^\W\d_][^:：,;!?\"“”\[\]{}<>|…\t]{0,39})(?::(?=\s|$)|：)(?P<text>.*)")
+# What is in brackets before it may be long and hold any mark.
+_ASIDE = r"\s*(?:\([^()]*\)|（[^（）]*）)"
+_CUE = re.compile(rf"(?P<name>[^\W\d_][^:：,;!?\"“”\[\]{{}}<>|…\t]{{0,39}}?)(?:{_ASIDE})?(?::(?=\s|$)|：)(?P<text>.*)")
 _MOST_WORDS = 4
 
 # Small words within names that are written with a capital otherwise: "Lady of the Lake", "Walther von der Heide".
@@ -32,7 +34,6 @@ _HEADING = re.compile(
     rf"#+ (?P<mark>.*)|\[(?P<box>[^\]]*)\]|(?P<act>(?:ACT|SCENE)\b.*|(?:Act|Scene)(?: {_NUMBER}|:).*)"
 )
 _DIRECTION = re.compile(r"\([^()]*\)|（[^（）]*）")
-_ASIDE = re.compile(r"\s*(?:\([^()]*\)|（[^（）]*）)$")
 
 
 def sniff(path: Path, head: str) -> str | None:
@@ -121,7 +122,7 @@ def _cue(line: str) -> tuple[str, str] | None:
     match = _CUE.fullmatch(line)
     if match is None:
         return None
-    name = _ASIDE.sub("", match["name"]).strip()
+    name = match["name"].strip()
     return (name, match["text"].strip()) if name and len(name.split()) <= _MOST_WORDS else None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qaperso.data.formats import common
+from qaperso.data.formats import common, visible
 from qaperso.types import Conversation, Message
 
 LINES = False
@@ -49,7 +49,7 @@ def units(path: Path) -> list[Path]:
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing there"
         common.fail(path, found, "the folder of a Slack export", "; unpack the export and give its folder")
-    folders = {file.parent for file in path.rglob("*.json") if _DAY.fullmatch(file.name)}
+    folders = {file.parent for file in visible(path, "*.json") if _DAY.fullmatch(file.name)}
     if not folders:
         expected = "folders of channels with files such as 2021-12-31.json"
         common.fail(path, "no daily file", expected, "; give the folder of the unpacked export")
@@ -125,12 +125,11 @@ def read(
     if not talk and not threads:
         common.fail(unit, "no message of a person with text", "at least one", "; leave this folder out")
     name = common.as_name(unit.name, f"{unit}: name")
-    split = common.split_of(unit)
     if talk:
-        yield Conversation(name, _sorted(talk), name, split)
+        yield Conversation(name, _sorted(talk), name)
     for thread in sorted(threads, key=float):
         first = [firsts[thread]] if thread in firsts else []
-        yield Conversation(f"{name}/{thread}", _sorted(first + threads[thread]), name, split)
+        yield Conversation(f"{name}/{thread}", _sorted(first + threads[thread]), name)
 
 
 def _sorted(timed: list[tuple[float, Message]]) -> tuple[Message, ...]:

@@ -268,7 +268,7 @@ def _plausible(number: float) -> bool:
 
 
 def _backwards(messages: Sequence[Message]) -> bool:
-    """Whether all messages have times that never rise and fall at least once."""
+    """Whether the times of those messages that have one never rise, and fall at least once."""
     times = [message.time for message in messages if message.time is not None]
     falls = all(b <= a for a, b in zip(times, times[1:], strict=False))
-    return len(times) == len(messages) and falls and times[0] > times[-1]
+    return falls and len(times) > 1 and times[0] > times[-1]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qaperso.data.formats import as_time, common, files, head_of, shape
+from qaperso.data.formats import as_time, common, files, head_of, shape, visible
 from qaperso.types import Conversation, Message
 
 LINES = False
@@ -45,7 +45,7 @@ def units(path: Path) -> list[Path]:
     Raises:
       UserError: none there.
     """
-    named = path.is_dir() and any(path.rglob("result.json"))  # chats come with files that were sent
+    named = path.is_dir() and any(visible(path, "result.json"))  # chats come with files that were sent
     return files(path, (".json",), "result.json" if named else "*")
 
 
@@ -95,7 +95,7 @@ def read(
             own = chat.get("name") or str(chat.get("type") or "chat")
             name = common.as_name(own, f"{place}.name") + f"#{common.as_name(chat.get('id', number), f'{place}.id')}"
             fields = {"type": chat["type"]} if isinstance(chat.get("type"), str) else {}
-            yield Conversation(name, tuple(messages), name, common.split_of(unit), fields)
+            yield Conversation(name, tuple(messages), name, fields=fields)
     if not found:
         common.fail(unit, "no message of a person with text", "at least one", "; export chats with their messages")
 

@@ -178,7 +178,7 @@ def read(
         common.fail(unit, "no message with text", "at least one", "; check that this is the right file")
     stem = unit.resolve().parent.name if unit.stem == "_chat" else unit.stem
     name = common.as_name(stem, f"{unit}: name")
-    yield Conversation(name, tuple(messages), name, common.split_of(unit))
+    yield Conversation(name, tuple(messages), name)
 
 
 def _named(file: Path) -> bool:
