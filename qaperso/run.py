@@ -107,10 +107,8 @@ class Run:
         return load.encode_split(store, chosen, encode, self.shape, labels)
 
     def encode(self, dialogue: Dialogue, labels: str = "reply", past: Dialogue | None = None) -> list[Encoded]:
-        """Tokens of a dialogue, with what the method puts before it, as sequences that fit a row each.
-
-        `past`: the same words asked by somebody else, whose history is told under the querier's name in place of theirs.
-        """
+        """Tokens of a dialogue, with what the method puts before it, as sequences that fit a row each; with the history of
+        whoever asks the same in `past`, told under the querier's name."""
         batch, data = self.config.batch, self.config.data
         turns, responder = dialogue.turns, dialogue.responder
         if self.config.compat == "paper":
@@ -148,8 +146,9 @@ class Run:
     def preface(self, dialogue: Dialogue, reply: int = -1, name: str | None = None) -> tuple[Turn, ...]:
         """The turns of `front`, in which the querier is called by `name`; None = their own."""
         size = functools.partial(turn_size, self.tokenizer, self.template)
-        who = dialogue.querier if name is None else name
-        return tuple(self.method.preface(self.setting, self.store, dialogue.until(reply), who, size))
+        return tuple(
+            self.method.preface(self.setting, self.store, dialogue.until(reply), name or dialogue.querier, size)
+        )
 
     def annotate(self, dialogues: Sequence[Dialogue]) -> Counter[str]:
         """Has a language model asked at once what the prefaces of these dialogues need; counts, none by most methods."""

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from qaperso.data.duplicates import normal_text
+from qaperso.data.duplicates import LEAST, normal_text
 from qaperso.errors import UserError, nearest
 from qaperso.types import Dialogue
 
@@ -69,10 +69,12 @@ def text_key(dialogue: Dialogue) -> bytes:
     """Equal for dialogues with the same text; a digest, so that large sets need little memory.
 
     Two dialogues have the same text if their turns' texts agree one by one after Unicode NFKC, case folding and
-    collapsing of white space, whoever speaks them.
+    collapsing of white space, whoever speaks them. What is shorter than `duplicates.LEAST` characters ("ok?", "sure")
+    anybody says any day: it is the same text within its group only, else it would join all groups of a chat.
     """
     turns = "\n".join(normal_text(turn.text) for turn in dialogue.turns)
-    return hashlib.sha256(turns.encode("utf-8", "surrogatepass")).digest()
+    said = turns if len(turns) >= LEAST else f"{turns}\n\n{dialogue.group}"
+    return hashlib.sha256(said.encode("utf-8", "surrogatepass")).digest()
 
 
 def split_by_group(
