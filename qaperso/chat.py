@@ -27,6 +27,7 @@ from rich.text import Text
 
 from qaperso import reply, writers
 from qaperso.batching import Model, prepare
+from qaperso.data.formats.common import as_text
 from qaperso.data.store import STRANGER_NAME
 from qaperso.errors import UserError, command, nearest
 from qaperso.generate import Sampling
@@ -160,9 +161,10 @@ class Session:
         Raises:
           UserError: no such command or querier, or a query that fits no row.
         """
-        word, _, rest = line.strip().partition(" ")
+        line = as_text(line, "query")
+        word, _, rest = line.partition(" ")
         if not word.startswith("/"):
-            self.ask(line.strip())
+            self.ask(line)
             return True
         commands: dict[str, Callable[[str], None]] = {
             "/as": self.become,
@@ -273,10 +275,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _check_sampling(known)
     start_runtime(alone=True)
     run = open_run(Path(known.workdir))
-    for querier in known.querier:
+    queriers = tuple(dict.fromkeys(as_text(name, "--querier") for name in known.querier))
+    for querier in queriers:
         run.registry.row(querier)
     responder = responder_of(run, known.responder)
-    if known.once is not None and not known.once.strip():
+    once = None if known.once is None else as_text(known.once, "--once")
+    if once == "":
         raise UserError("--once is empty; give the text of a query")
     model = ready(run)
     g = run.config.generate
@@ -288,14 +292,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     # From here on there is `model.run`, without the base, whose memory is free again.
     del run
-    session = Session(model, responder, tuple(dict.fromkeys(known.querier)), how)
-    if known.once is not None:
-        session.ask(known.once)
+    session = Session(model, responder, queriers, how)
+    if once is not None:
+        session.ask(once)
     elif sys.stdin.isatty():
         session.talk(typed(session), patient=True)
     else:
-        session.talk(iter(sys.stdin), patient=False)
+        session.talk(_piped(), patient=False)
     return 0
+
+
+def _piped() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"standard input: found {found}, expected UTF-8; convert what is piped in") from error
 
 
 def _check_sampling(known: argparse.Namespace) -> None:

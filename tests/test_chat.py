@@ -211,3 +211,10 @@ def test_lines_come_through_a_pipe(
     assert out.count("[b]!") == 2 and ">" not in out
     monkeypatch.setattr(sys, "stdin", io.StringIO("/as nobody at all\nany bread?"))
     assert chat.main(["--workdir", "x", "--querier", "pip"]) == 2 and len(asked) == 2
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("où?".encode("latin-1")), "utf-8"))
+    capsys.readouterr()
+    assert chat.main(["--workdir", "x", "--querier", "pip"]) == 2 and len(asked) == 2
+    assert capsys.readouterr().err.startswith("error: standard input: found byte 0xf9, expected UTF-8")
+    assert chat.main(["--workdir", "x", "--querier", "pip", "--once", "o\udcf9?"]) == 2
+    assert "--once: found half a surrogate pair" in capsys.readouterr().err
+    assert chat.main(["--workdir", "x", "--querier", "pip", "--once", " ou\u0300?"]) == 0 and asked[-1].query == "où?"

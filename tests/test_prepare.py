@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 
@@ -222,7 +223,9 @@ def test_exports_that_overlap(tmp_path):
         write(tmp_path / "in" / name / "result.json", [export(days)])
     code, _, err = call(tmp_path / "in", tmp_path / "out", "--responder", "Noor", "--duplicates", "0")
     assert code == 0, err
-    assert sorted(d.time for d in prepared.read(tmp_path / "out")) == [1619863201.0 + 86400 * day for day in range(30)]
+    # tf.train.Example keeps times as float32.
+    expected = [float(np.float32(1619863201 + 86400 * day)) for day in range(30)]
+    assert sorted(d.time for d in prepared.read(tmp_path / "out")) == expected
     assert stats_of(tmp_path / "out")["counts"]["dialogues dropped: read twice"] == 20
 
 

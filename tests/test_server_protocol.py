@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import unicodedata
 from typing import Any
 
 import hypothesis
@@ -92,6 +93,15 @@ def test_what_is_wrong_is_named(body: dict[str, Any], param: str, says: str) -> 
 def test_content_may_come_in_parts() -> None:
     parts = [{"type": "text", "text": "good "}, {"type": "text", "text": "day"}]
     assert chat(messages=[{"role": "user", "content": parts, "name": "x"}]) == chat()
+
+
+def test_texts_and_names_are_in_nfc_as_those_of_all_data_are() -> None:
+    said, name = unicodedata.normalize("NFD", " où est Zoé ?\n"), unicodedata.normalize("NFD", "Zoé")
+    found = chat(messages=[{"role": "user", "content": said}], user=name)
+    assert found.messages == (("user", "où est Zoé ?"),) and found.querier == "Zoé"
+    assert protocol.parse_embed({"model": "m", "input": said}).dialogues == ((("assistant", "où est Zoé ?"),),)
+    dialogue = [*HELLO, {"role": "assistant", "content": said}]
+    assert protocol.parse_enrol({"model": "m", "name": name, "dialogues": [dialogue]}).name == "Zoé"
 
 
 @hypothesis.given(st.dictionaries(st.sampled_from(protocol.CHAT) | st.text(max_size=5), VALUES, max_size=6))

@@ -1,6 +1,7 @@
 """Requests and answers of the HTTP API as plain values: OpenAI's chat and embeddings protocol, and queriers beside it.
 
-Nothing here reads a socket or a model, so that whatever bytes come in can be tried without either. Field names and shapes are
+Nothing here reads a socket or a model, so that whatever bytes come in can be tried without either. Texts and names come out in
+NFC, as those of all data are. Field names and shapes are
 those of the OpenAI API reference (chat completions, embeddings, errors); `user`, there an end user's id, names the querier.
 """
 
@@ -8,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qaperso.data.formats.common import normal
 from qaperso.data.store import STRANGER_NAME
 from qaperso.errors import nearest
 from qaperso.types import Dialogue, Turn
@@ -201,9 +204,9 @@ def parse_embed(body: Json) -> Embed:
     dialogues = []
     for i, item in enumerate(items):
         if isinstance(item, str):
-            if not item.strip():
+            if not normal(item):
                 raise wrong(f"'input[{i}]' is empty", "input")
-            dialogues.append((("assistant", item),))
+            dialogues.append((("assistant", normal(item)),))
         else:
             dialogues.append(parse_messages(item, f"input[{i}]", "assistant"))
     form = body.get("encoding_format")
@@ -282,8 +285,8 @@ def parse_messages(given: Any, where: str, last: str) -> Spoken:
             )
         if role not in ROLES:
             raise wrong(f'\'{where}[{i}].role\' is neither "user" (the querier) nor "assistant" (the responder)', param)
-        text = _content(message.get("content"), f"{where}[{i}].content", param)
-        if not text.strip():
+        text = normal(_content(message.get("content"), f"{where}[{i}].content", param))
+        if not text:
             raise wrong(f"'{where}[{i}].content' is empty", param)
         found.append((role, text))
     if found[-1][0] != last:
@@ -339,7 +342,7 @@ def _text(body: Json, name: str, longest: int, default: str | None = None) -> st
         raise wrong(f"'{name}' is {_kind(value)}, expected text", name)
     if len(value) > longest:
         raise wrong(f"'{name}' has {len(value)} characters, expected {longest} at most", name)
-    return value
+    return unicodedata.normalize("NFC", value)
 
 
 def _flag(body: Json, name: str) -> bool:
