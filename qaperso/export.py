@@ -274,6 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     known = parser.parse_args(arguments)
     start_runtime(alone=True)
     output = Path(known.output)
+    if output.name in ("", ".."):
+        raise UserError(
+            f"--output is '{known.output}', expected the name of a new folder, which replaces it when it is whole"
+        )
     step = export(Path(known.workdir), output, known.format, known.published)
     print(
         f"{output}: checkpoint {step} of {known.workdir} as {known.format}; {output / 'README.md'} says how to use it"

@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(limits: Limits, port: int) -> None:
     lowest = (("slots", limits.slots, 1), ("queue", limits.queue, 0), ("max-tokens", limits.tokens, 1))
     for name, value, least in (*lowest, ("max-body", limits.body, 1024), ("timeout", limits.timeout, 1)):
-        if not value >= least:
-            raise UserError(f"--{name} is {value}, expected {least} or more")
+        if not least <= value < 2**31:
+            raise UserError(f"--{name} is {value}, expected {least} or more, less than 2**31")
     if not 0 <= port < 65536:
         raise UserError(f"--port is {port}, expected 0 to 65535")
 

@@ -215,6 +215,8 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine", encoding="utf-8")
     assert "exists already" in refused(finished("adapter")[0], "merged", tmp_path / "full")
+    for place in (".", "..", "/"):
+        assert "expected the name of a new folder" in refused(finished("adapter")[0], "merged", Path(place))
     assert "cannot be written" in refused(finished("adapter")[0], "merged", tmp_path / "full" / "x" / "y")
     assert "is no run" in refused(tmp_path / "absent", "merged")
     # Nothing is left behind.

@@ -374,6 +374,7 @@ def test_bad_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     for words, says in (
         (["--slots", "0"], "--slots is 0, expected 1 or more"),
         (["--timeout", "0.5"], "--timeout is 0.5, expected 1 or more"),
+        (["--timeout", "inf"], "--timeout is inf, expected 1 or more, less than"),
         (["--port", "70000"], "--port is 70000"),
         (["--port", str(taken.getsockname()[1])], "cannot be listened at"),
         (["--keys", str(tmp_path / "none")], "cannot be read"),

@@ -209,8 +209,9 @@ def given_clusters(task: tuple[Path, np.ndarray]) -> np.ndarray:
     """The clusters that the data gives to a shard's dialogues at `rows`, int32[n]."""
     found = [(d.id, d.fields.get("cluster_id")) for d in chosen(*task)]
     for name, cluster in found:
-        if isinstance(cluster, bool) or not isinstance(cluster, int) or cluster < 0:
-            raise UserError(f"dialogue {name!r}: found cluster_id {cluster!r}, expected a number; give --clusters K")
+        if isinstance(cluster, bool) or not isinstance(cluster, int) or not 0 <= cluster < 2**31:
+            found = repr(cluster)[:40]
+            raise UserError(f"dialogue {name!r}: found cluster_id {found}, expected a number; give --clusters K")
     return np.array([cluster for _, cluster in found], np.int32)
 
 

@@ -33,7 +33,9 @@ class Meters:
         self.waiting = Gauge("qaperso_replies_waiting", "Replies that wait for a slot.", **fixed)
         self.rejected = Counter("qaperso_rejected", "Requests turned away since the queue was full.", **fixed)
         self.cancelled = Counter(
-            "qaperso_cancelled", "Replies given up since the client left or time was over.", **fixed
+            "qaperso_cancelled",
+            "Replies ended before their end: the client left, time was over, a stop came, the querier was forgotten.",
+            **fixed,
         )
         self.enrolled = Gauge("qaperso_queriers_enrolled", "Queriers who were enrolled here.", **fixed)
 
