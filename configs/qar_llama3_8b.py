@@ -14,7 +14,7 @@ PACKED |= {"qar.contrast": "prototypes", "qar.drop_row": 0.15}
 VARIANTS = {
     "v5e-16": PACKED | {"batch.rows": 64, "remat": "dots"},
     "v5e-256": PACKED | {"batch.rows": 1024, "remat": "dots"},
-    "v5p-128": PACKED | {"batch.rows": 1024, "remat": "dots"},
+    "v5p-128": PACKED | {"batch.rows": 512, "remat": "dots"},
     "v6e-64": PACKED | {"batch.rows": 256, "remat": "dots"},
     "h100-1": PACKED | {"batch.rows": 16, "remat": "dots"},
     "h100-8": PACKED | {"batch.rows": 160, "remat": "dots"},
