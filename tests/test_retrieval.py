@@ -154,7 +154,7 @@ def test_centroids_are_of_few_training_dialogues_spread_evenly(monkeypatch: pyte
 
 def test_embeddings_are_those_of_strangers_one_at_a_time() -> None:
     run, store, trainable = untrained.opened(method="qar")
-    indices = store.split("dev")[:7]
+    indices = store.split("dev", 7)
     found = retrieval.embed(run, trainable, store, indices, "visible")
     assert found.vectors.shape == (7, run.config.model.embed) and found.index.tolist() == indices.tolist()
     assert found.querier.tolist() == [store.dialogues[i].querier for i in indices]
