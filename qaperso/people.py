@@ -261,4 +261,7 @@ def locked(workdir: Path) -> Iterator[None]:
         raise UserError(f"{workdir} cannot be written ({error.strerror}); make the run's folder writable") from error
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        # What a writing that was killed has left, of somebody who may be forgotten next. Nobody else writes now.
+        for left in file_of(workdir, 0).parent.glob("*.partial"):
+            left.unlink()
         yield

@@ -118,6 +118,11 @@ def test_one_at_a_time(tmp_path: Path) -> None:
         assert not entered.wait(0.2)
     other.join()
     assert entered.is_set()
+    half = people.file_of(tmp_path, 3).with_suffix(".json.partial")
+    half.parent.mkdir(exist_ok=True)
+    half.write_text('{"name": "zita"', encoding="utf-8")
+    with people.locked(tmp_path):
+        assert not half.exists()
     with pytest.raises(UserError, match="cannot be written"), people.locked(tmp_path / "absent"):
         pass
 
