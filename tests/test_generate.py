@@ -9,6 +9,7 @@ from typing import Any
 
 import helpers
 import hypothesis
+import hypothesis.extra.numpy
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -202,6 +203,14 @@ def draw(logits: Any, temperature: Any, top_p: Any, seed: Any, number: Any) -> j
 
 
 _draw = jax.jit(lambda *arguments: SAMPLE(*arguments))
+
+
+@hypothesis.settings(deadline=None, max_examples=40)
+@hypothesis.given(
+    hypothesis.extra.numpy.arrays(np.int8, st.tuples(st.integers(1, 3), st.sampled_from([1, 6, 49, 521, 1024])))
+)
+def test_the_likeliest_is_the_first_of_the_largest(logits: np.ndarray) -> None:
+    np.testing.assert_array_equal(generate.likeliest(jnp.asarray(logits, jnp.float32)), logits.argmax(-1))
 
 
 def test_frequencies_are_those_of_the_temperature() -> None:

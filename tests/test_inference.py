@@ -139,17 +139,19 @@ def test_token_by_token_is_all_at_once(name: str, split: int) -> None:
             np.testing.assert_allclose(logits[r], expect[r, at[r]], rtol=1e-4, atol=1e-4)
     k = np.asarray(cache[0][0])
     for r, (first, n) in enumerate(zip(start, lengths, strict=True)):
-        written = (k[:, r] != 0).any((0, 1, 3))
+        written = (k[:, r] != 0).any((0, 1, 2))
         assert written.tolist() == [first <= c < first + n for c in range(room)]
 
 
-def test_each_row_is_written_at_its_own_place() -> None:
-    old = jnp.zeros((2, 3, 2, 5, 4))
-    new = jnp.arange(2 * 3 * 2 * 4, dtype=jnp.float32).reshape(2, 3, 2, 1, 4) + 1
-    places = [4, 0, 2]
-    k, v = inference.write((old, old - 1), (new, -new), jnp.asarray(places))
-    expect = np.zeros((2, 3, 2, 5, 4), np.float32)
+@pytest.mark.parametrize("places", [[4, 0, 2], [3]])
+def test_each_row_is_written_at_its_own_place(places: list[int]) -> None:
+    n = len(places)
+    old = jnp.zeros((2, n, 2, 5, 4))
+    new = jnp.arange(2 * n * 2 * 4, dtype=jnp.float32).reshape(2, n, 2, 1, 4) + 1
+    turned = lambda x: jnp.swapaxes(x, 3, 4)  # noqa: E731
+    k, v = inference.write((turned(old), old - 1), (turned(new), -new), jnp.asarray(places))
+    expect = np.zeros((2, n, 2, 5, 4), np.float32)
     for row, place in enumerate(places):
         expect[:, row, :, place] = new[:, row, :, 0]
-    np.testing.assert_array_equal(k, expect)
+    np.testing.assert_array_equal(turned(k), expect)
     np.testing.assert_array_equal(v, np.where(expect, -expect, -1))

@@ -5,8 +5,8 @@ Computes what `decoder.run` computes without dropout and gradients (tests compar
 - projections that read the same input are one kernel, q|k|v and gate|up: fewer and wider matmuls;
 - every layer has arrays of its own: a stack would be cut into copies at each token on back ends that do not fuse the
   slice into the matmul (CPU), which is three times the memory traffic of reading the weights;
-- keys and values lie as [towers, B, KV, C, head_dim], so that attention reads them where they are, and a new token is
-  written in place.
+- values lie as [towers, B, KV, C, head_dim] and keys with the last two turned round, so that both products of attention
+  read them where they are, and a new token is written in place.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from qaperso.arrays import constrain_batch, in_turn
 from qaperso.models import decoder, lora, quantized, towers
 from qaperso.models.config import DecoderConfig
 from qaperso.models.decoder import Adapters
-from qaperso.models.linear import matmul, working
+from qaperso.models.linear import matmul, product, working
 
 Tree = Any
-# Keys and values of a layer, each [towers, B, KV, C, head_dim]; a cache has a pair for every layer.
+# Keys [towers, B, KV, head_dim, C] and values [towers, B, KV, C, head_dim] of a layer; a cache has a pair for every layer.
 Pair = tuple[jax.Array, jax.Array]
 Cache = tuple[Pair, ...]
 
@@ -82,34 +82,41 @@ def count_towers(one: Tree) -> int:
 def empty_cache(weights: Tree, config: DecoderConfig, batch: int, length: int) -> Cache:
     """A cache of `length` places, in the dtype of activations."""
 
-    def empty(one: Tree) -> jax.Array:
-        shape = (count_towers(one), batch, config.kv_heads, length, config.head_dim)
-        return jnp.zeros(shape, working(weights["embed"].dtype))
+    def empty(one: Tree, *places: int) -> jax.Array:
+        return jnp.zeros((count_towers(one), batch, config.kv_heads, *places), working(weights["embed"].dtype))
 
-    return tuple((empty(one), empty(one)) for one in weights["layers"])
+    dim = config.head_dim
+    return tuple((empty(one, dim, length), empty(one, length, dim)) for one in weights["layers"])
 
 
 def attention(
-    q: Float[Array, "W B S H d"], k: Float[Array, "W B K C d"], v: Float[Array, "W B K C d"], mask: Bool[Array, "B S C"]
+    q: Float[Array, "W B S H d"], k: Float[Array, "W B K d C"], v: Float[Array, "W B K C d"], mask: Bool[Array, "B S C"]
 ) -> Float[Array, "W B S O"]:
     """Grouped-query attention on keys and values laid out as in the cache; no causal block is skipped."""
     w, b, s, heads, dim = q.shape
-    group = q.reshape(w, b, s, k.shape[2], heads // k.shape[2], dim)
-    scores = jnp.einsum("wbskgd,wbkcd->wbkgsc", group, k, preferred_element_type=jnp.float32) * dim**-0.5
-    scores = jnp.where(mask[None, :, None, None], scores, jnp.finfo(jnp.float32).min)
+    group = jnp.moveaxis(q.reshape(w, b, s, k.shape[2], heads // k.shape[2], dim), 3, 2)
+    # Not einsum, which may put the cache first: XLA's CPU back end then turns all of it round at every token.
+    among = ((0, 1, 2), (0, 1, 2))
+    scores = jax.lax.dot_general(group, k, (((5,), (3,)), among), preferred_element_type=jnp.float32) * dim**-0.5
+    scores = jnp.where(mask[None, :, None, :, None], scores, jnp.finfo(jnp.float32).min)
     probability = jax.nn.softmax(scores, -1).astype(v.dtype)
-    return jnp.einsum("wbkgsc,wbkcd->wbskgd", probability, v).reshape(w, b, s, heads * dim)
+    seen = jax.lax.dot_general(probability, v, (((5,), (3,)), among))
+    return jnp.moveaxis(seen, 2, 3).reshape(w, b, s, heads * dim)
 
 
 def write(pair: Pair, new: Pair, place: Int[Array, " B"]) -> Pair:
-    """Puts one token's keys and values [W, B, KV, 1, d] at each row's own place, which must be within the cache."""
-    rows = jnp.arange(place.shape[0])
+    """Puts one token's keys and values, C = 1, at each row's own place, which must be within the cache."""
 
-    def put(old: Array, token: Array) -> Array:
-        one = jnp.moveaxis(token[:, :, :, 0], 1, 0).astype(old.dtype)
-        return old.at[:, rows, :, place].set(one, mode="promise_in_bounds", unique_indices=True)
+    def put(old: Array, token: Array, axis: int) -> Array:
+        at = [slice(None)] * old.ndim
+        at[1], at[axis] = jnp.arange(len(place)), place
+        # Indices apart from each other come first in what they index.
+        one = jnp.moveaxis(token.squeeze(axis), 1, 0).astype(old.dtype)
+        if len(place) == 1:
+            at[1], at[axis], one = (jnp.concatenate([x, x]) for x in (at[1], at[axis], one))
+        return old.at[tuple(at)].set(one, mode="promise_in_bounds", unique_indices=len(place) > 1)
 
-    return put(pair[0], new[0]), put(pair[1], new[1])
+    return put(pair[0], new[0], 4), put(pair[1], new[1], 3)
 
 
 # A program of its own, so that it is traced once and not for every layer.
@@ -146,7 +153,7 @@ def layer(
     together = dense(normed(x, "attn_norm"), "qkv").reshape(towers, b, s, -1, config.head_dim)
     q, k, v = jnp.split(together, [config.heads, config.heads + config.kv_heads], 3)
     q, k = decoder.rope(normed(q, "q_norm"), tables), decoder.rope(normed(k, "k_norm"), tables)
-    new = jnp.moveaxis(k, 2, 3), jnp.moveaxis(v, 2, 3)
+    new = jnp.moveaxis(k, 2, 4), jnp.moveaxis(v, 2, 3)
     pair = new if pair is None else write(pair, new, place)
     x = x + dense(attention(q, *pair, mask), "o")
 
@@ -196,6 +203,11 @@ def prefill(
     return x, tuple(cache)
 
 
+def logits(weights: Tree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
+    """`decoder.logits` of a few rows. XLA's CPU back end is faster with the table first, and behind the barrier leaves it there."""
+    return jax.lax.optimization_barrier(product(decoder.head(weights), hidden, ((1,), (1,)))).T
+
+
 def decode(
     weights: Tree,
     cache: Cache,
@@ -230,4 +242,4 @@ def decode(
         x, pair = layer(x, one, tables, visible[:, None], config, pair, place)
         found.append(pair)
     hidden = towers.join(weights["tower"], weights, x, config)
-    return decoder.logits(weights, hidden, config)[:, 0], tuple(found)
+    return logits(weights, hidden[:, 0]), tuple(found)
