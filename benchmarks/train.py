@@ -5,8 +5,8 @@ Speed and memory of a training step on the CPU, beside transformers + peft.
 Everybody computes the same: SmolLM2-135M's shapes, LoRA of rank 16 on seven projections, no dropout, AdamW on the
 adapters, 4 rows of 256 tokens, each row one dialogue that fills it, logits and loss at every position. QAR has its second
 tower and its contrast besides. Values are random: speed does not depend on them. Every program has a process of its own
-and works alone; all are alive and take turns, a step each, after two steps of warm-up, held to the same cores. Compile
-caches are off.
+and works alone; those of one dtype are alive together and take turns, a step each, after two steps of warm-up, held to the
+same cores (all at once would fill 24 GB, and steps then wait for pages). Compile caches are off.
 
 - ours: the step that qaperso.train runs, config as in configs/qar_smollm2.py. Of --devices (one device with all
   threads, or several with a share each and a share of the rows) the fastest.
@@ -124,14 +124,22 @@ def measure(options: argparse.Namespace) -> tuple[list[Ratio], dict[str, Any]]:
     """All ratios and figures."""
     bench = Bench(options)
     figures: dict[str, Any] = {"tokens a step": bench.tokens, "threads": options.threads}
-    choices, workers = open_all(bench, figures)
-    peaks: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    for number in range(options.rounds):
-        for name, worker in workers.items():
-            seconds[name] += worker.seconds([number])
-        for dtype, found in peaks.items():
-            found.append(peak_of(workers, dtype, options.quick))
+    choices: Choices | None = None
+    workers: dict[str, Worker] = {}
+    peaks: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = {}
+    for dtype in DTYPES[:1] if options.quick else DTYPES:
+        choices, opened = open_some(bench, dtype, choices, figures)
+        seconds |= {name: [] for name in opened}
+        peaks[dtype] = []
+        for number in range(options.rounds):
+            for name, worker in opened.items():
+                seconds[name] += worker.seconds([number])
+            peaks[dtype].append(peak_of(opened, dtype, options.quick))
+        for worker in opened.values():
+            worker.close()
+        workers |= opened
+    assert choices is not None
     for name, worker in workers.items():
         mine = seconds[name]
         figures[name] = {
@@ -149,45 +157,50 @@ def measure(options: argparse.Namespace) -> tuple[list[Ratio], dict[str, Any]]:
         }
     figures["matmul peak GFLOP/s"] = {dtype: statistics.median(found) / 1e9 for dtype, found in peaks.items()}
     ratios = speed_ratios(bench, workers, seconds, peaks, figures, choices)
-    ratios += memory_ratios(bench, workers, figures, choices)
-    for worker in workers.values():
-        worker.close()
+    ratios += memory_ratios(bench, figures)
     return ratios, figures
 
 
-def open_all(bench: Bench, figures: dict[str, Any]) -> tuple[Choices, dict[str, Worker]]:
-    """Starts every program with the settings that are fastest for it; puts into `figures` which and why."""
+def open_some(
+    bench: Bench, dtype: str, choices: Choices | None, figures: dict[str, Any]
+) -> tuple[Choices, dict[str, Worker]]:
+    """Starts every program of a dtype with the settings that are fastest for it; puts into `figures` which and why.
+
+    Args:
+      bench: what is measured.
+      dtype: of the programs.
+      choices: settings of ours; None = to be tried out.
+      figures: added to.
+    """
     options, workers = bench.options, {}
-    wanted = options.devices[:1] if options.quick else options.devices
-    candidates = {str(d): (lambda d=d: bench.ours("sft", "float32", d)) for d in wanted}
-    chosen, workers["sft float32"], trials = common.fastest(candidates, trial)
-    choices = Choices(int(chosen), bench.model.layers // 2)
-    figures["ours"] = {"devices": chosen} | {f"trial seconds, {k} devices": v for k, v in trials.items()}
-    workers["qar float32"] = bench.ours("qar", "float32", choices.devices)
-    workers["qar split float32"] = bench.ours("qar", "float32", choices.devices, split=choices.split)
-    if not options.quick:
-        for method in ("sft", "qar"):
-            workers[f"{method} bfloat16"] = bench.ours(method, "bfloat16", choices.devices)
+    if choices is None:
+        wanted = options.devices[:1] if options.quick else options.devices
+        candidates = {str(d): (lambda d=d: bench.ours("sft", dtype, d)) for d in wanted}
+        chosen, workers[f"sft {dtype}"], trials = common.fastest(candidates, trial)
+        choices = Choices(int(chosen), bench.model.layers // 2)
+        figures["ours"] = {"devices": chosen} | {f"trial seconds, {k} devices": v for k, v in trials.items()}
+    else:
+        workers[f"sft {dtype}"] = bench.ours("sft", dtype, choices.devices)
+    workers[f"qar {dtype}"] = bench.ours("qar", dtype, choices.devices)
+    if dtype == "float32":
+        workers[f"qar split {dtype}"] = bench.ours("qar", dtype, choices.devices, split=choices.split)
     left_out = common.missing("torch", "peft")
     if left_out:
         print(f"train: peer {left_out}")
         figures["peer"] = left_out
         return choices, workers
-    figures["peer"] = {}
-    for dtype in DTYPES[:1] if options.quick else DTYPES:
-        attentions = options.attention[:1] if options.quick else options.attention
-        adapters = [k for t, k in peer.DTYPES if t == dtype]
-        makers = {
-            f"{a}, {k} adapters": (lambda a=a, k=k, t=dtype: bench.peer(a, t, k)) for a in attentions for k in adapters
-        }
-        chosen, workers[f"peer {dtype}"], trials = common.fastest(makers, trial)
-        figures["peer"][dtype] = {"settings": chosen} | {f"trial seconds, {k}": v for k, v in trials.items()}
+    attentions = options.attention[:1] if options.quick else options.attention
+    adapters = [k for t, k in peer.DTYPES if t == dtype]
+    makers = {f"{a}, {k} adapters": (lambda a=a, k=k: bench.peer(a, dtype, k)) for a in attentions for k in adapters}
+    chosen, workers[f"peer {dtype}"], trials = common.fastest(makers, trial)
+    tried = {"settings": chosen} | {f"trial seconds, {k}": v for k, v in trials.items()}
+    figures["peer"] = figures.get("peer", {}) | {dtype: tried}
     return choices, workers
 
 
 def peak_of(workers: Mapping[str, Worker], dtype: str, quick: bool) -> float:
     """FLOP/s of the fastest matmul by ours or torch, now."""
-    askable = [w for name, w in workers.items() if name in ("sft float32", "peer float32")]
+    askable = [w for name, w in workers.items() if name in (f"sft {dtype}", f"peer {dtype}")]
     return max(w.ask("peak", dtype=dtype, size=size) for w in askable for size in ((64,) if quick else (1024, 2048)))
 
 
@@ -233,17 +246,13 @@ def speed_ratios(
     return ratios
 
 
-def memory_ratios(
-    bench: Bench, workers: Mapping[str, Worker], figures: dict[str, Any], choices: Choices
-) -> list[Ratio]:
+def memory_ratios(bench: Bench, figures: dict[str, Any]) -> list[Ratio]:
     """What XLA plans for a QAR step in float32 on one device, and the peak of a process that does nothing else."""
     ratios = []
     for remat, target in ((KEPT, 4.0), ("full", 1.5))[: 1 if bench.options.quick else 2]:
-        same = (choices.devices, KEPT) == (1, remat)
-        worker = workers["qar float32"] if same else bench.ours("qar", "float32", 1, remat=remat)
+        worker = bench.ours("qar", "float32", 1, remat=remat)
         facts, seconds = worker.facts, trial(worker)
-        if not same:
-            worker.close()
+        worker.close()
         plan = facts["arguments"] + facts["temporaries"]
         figures[f"qar memory, remat {remat}"] = {
             "arguments GB": facts["arguments"] / GB,

@@ -158,6 +158,20 @@ def test_the_scan_is_layer_by_layer(split: int) -> None:
     np.testing.assert_allclose(x, method.states(run, base, inputs, adapters), rtol=1e-5, atol=1e-5)
 
 
+def test_layers_of_a_frozen_base_are_looked_up_where_they_lie() -> None:
+    """Part of a stack would be a copy of it: with `split_layer` a second base in memory."""
+    run = helpers.setting("qar", qar__split_layer=1)
+    trainable, base, _ = helpers.build(run, load("qar"))
+    inputs = helpers.device(helpers.batch(4).inputs)
+    step = jax.grad(lambda t: method.states(run, base, inputs, load("qar").condition(run, t, inputs)).sum())
+    lines = jax.jit(step).lower(trainable).as_text().splitlines()
+    cut = {line.rpartition("->")[2].strip() for line in lines if "stablehlo.slice" in line}
+    stacks = {name: x.shape for name, x in base["layers"].items() if x.ndim == 3}
+    assert run.model.layers == 2 and len(stacks) == 7 and cut
+    for name, (_, i, o) in stacks.items():
+        assert f"tensor<1x{i}x{o}xf32>" not in cut, name
+
+
 def test_llama3_rotary_scaling_by_hand() -> None:
     """theta = 500000, head_dim = 8: frequencies theta^(-i/4) = 1, 0.0376060, 0.00141421, 0.0000531830.
 

@@ -250,9 +250,16 @@ def run(
     keys = None if key is None or not dropout else jax.random.split(key, config.layers)
     axes = {name: spec.axes[1:] for name, spec in declare(config)["layers"].items()}
 
+    stack = jax.tree.map(bits, params["layers"])
+    # Part of a stack would be a copy of it. Beside LoRA the base is frozen, and layers are looked up in the whole; a gradient would
+    # be summed over the whole for each.
+    look_up = adapters.lora is not None
+
     @functools.partial(jax.checkpoint, prevent_cse=False, policy=REMAT[remat])
     def body(x: Array, scanned: tuple) -> tuple:
         weights, own, layer_key = scanned
+        if look_up:
+            weights = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, scanned[0], keepdims=False), stack)
         # One layer's kernels at a time are whole and plain, here and again in the backward pass; bits are what travels.
         weights = {
             name: jax.tree.map(lambda x, a=axes[name]: unbits(gather_kernel(x, a)), w) for name, w in weights.items()
@@ -262,12 +269,9 @@ def run(
         return constrain_batch(x, 1), None
 
     def through(x: Array, start: int, stop: int, specific: Tree | None) -> Array:
-        base = (params["layers"], adapters.lora, keys)
-        if (start, stop) != (0, config.layers):
-            base = jax.tree.map(lambda a: a[start:stop], base)
-        weights, own, layer_keys = base
-        scanned = (jax.tree.map(bits, weights), Adapters(own, specific), layer_keys)
-        return jax.lax.scan(body, constrain_batch(x, 1), scanned)[0]
+        weights = jnp.arange(config.layers) if look_up else stack
+        weights, own, layer_keys = jax.tree.map(lambda a: a[start:stop], (weights, adapters.lora, keys))
+        return jax.lax.scan(body, constrain_batch(x, 1), (weights, Adapters(own, specific), layer_keys))[0]
 
     split = split_of(adapters, config)
     if split == config.layers:
