@@ -252,7 +252,8 @@ def _flops(one: Instruction, inside: Computation) -> float:
 def _causal(operands: Sequence[Array]) -> float:
     """FLOPs of one product of queries and keys [..., H, S, d]; blocks that lie in the future are skipped."""
     blocks = operands[0].dims[-1]
-    queries = next(a for a in operands if len(a.dims) == 5)
+    # Before the queries come tables of blocks, in integers; one row of one tower has no dimensions of its own.
+    queries = next(a for a in operands if a.dtype.lstrip("b").startswith("f"))
     return 2.0 * math.prod(queries.dims) * queries.dims[-2] * (blocks + 1) / (2 * blocks)
 
 

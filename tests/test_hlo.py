@@ -221,6 +221,14 @@ def test_attention_and_what_moves_beside_kernels(kind: str, products: int) -> No
     assert found.hbm_bytes == attention.bytes + 2 * 192 + 64 + 192
 
 
+def test_attention_of_a_single_row() -> None:
+    """XLA drops dimensions of 1: a device with one row and one tower."""
+    single = TPU.replace("2,3,4,256,8]{4,3,2,1,0}", "4,256,8]{2,1,0}").replace(
+        "2,3,1,256,8]{4,3,2,1,0}", "1,256,8]{2,1,0}"
+    )
+    assert hlo.cost(single.replace("KIND", "fwd")).flops == 2 * 2 * (4 * 256 * 256 * 8) * 3 / 4
+
+
 @pytest.mark.parametrize("target, products", [("fmhaScaleBiasSoftmax", 2), ("fmhaSoftmaxBackward", 5)])
 @pytest.mark.parametrize("mask, share", [("CAUSAL", 0.5), ("NO_MASK", 1.0)])
 def test_attention_of_cudnn(target: str, products: int, mask: str, share: float) -> None:
