@@ -1,7 +1,7 @@
 """python benchmarks/bench.py [--json benchmarks/results.json] [--quick] [--data DIR ...] [--only NAME ...]
 
-Runs every benchmark, one after another, each as a process; joins what they wrote with the machine's facts; prints one table
-of all ratios, their targets, their spreads and whether they hold. `make bench` runs this. The exit code is 1 where a
+Runs every benchmark, one after another, each as a process; joins what they wrote with the machine's facts, after each of them;
+prints one table of all ratios, their targets, their spreads and whether they hold. `make bench` runs this. The exit code is 1 where a
 benchmark failed to run; a ratio that misses its target is a result.
 """
 
@@ -20,7 +20,7 @@ import common
 from common import HERE, Ratio
 from rich.console import Console
 
-SCRIPTS = ("train", "layout", "scaling", "pipeline", "contrast", "checkpoint", "generation", "history")
+SCRIPTS = ("train", "layout", "generation", "scaling", "pipeline", "contrast", "checkpoint", "history")
 # Those that take data sets.
 WITH_DATA = ("layout", "pipeline")
 
@@ -55,7 +55,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only:
             results["benchmarks"][name] = run(name, options, Path(folder))
-    options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     ratios = []
     for name, found in results["benchmarks"].items():
         for r in found.get("ratios", []):
