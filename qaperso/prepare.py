@@ -22,7 +22,7 @@ from qaperso.data import clean, clusters, formats, prepared, shards
 from qaperso.data.formats.common import normal
 from qaperso.data.merge import Merged, Merging, merge
 from qaperso.data.topics import Topics, find_clusters
-from qaperso.errors import UserError, command
+from qaperso.errors import UserError, command, nearest
 from qaperso.mesh import make_mesh
 from qaperso.models.embedder import load_embedder
 
@@ -127,6 +127,11 @@ def _write(options: argparse.Namespace, paths: list[Path], folder: Path) -> dict
     with engine.start(options.engine, options.workers) as run:
         tasks = shards.read_tasks(reading, paths, folder / "work")
         columns = list(run(shards.read_shard, tasks))
+        names = frozenset().union(*(own.speakers for own in columns))
+        idle = sorted(reading.aliases.keys() - frozenset().union(*(own.aliases for own in columns)))
+        if idle:
+            first = f"{idle[0]!r}{nearest(idle[0], names)}"
+            print(f"aliases that nobody goes by: {len(idle):,}, first {first}", file=sys.stderr)
         files = [task.target for task in tasks]
         rules = Merging(
             responders=reading.responders,
@@ -142,7 +147,6 @@ def _write(options: argparse.Namespace, paths: list[Path], folder: Path) -> dict
         merged = merge(columns, files, rules, unread)
         if options.pseudonyms:
             # Those who never speak to anybody who was asked for may be spoken of.
-            names = frozenset().union(*(own.speakers for own in columns))
             hidden = clean.Pseudonyms(_secret(Path(options.pseudonyms)), names)
             renamed, counts = zip(*run(shards.rename_shard, [(file, hidden) for file in files]), strict=True)
             merged = merged.renamed(renamed, sum(counts, collections.Counter()))

@@ -119,7 +119,7 @@ def test_config_of_transformers_4_and_5_agree():
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope_parameters: low_freq_factor is None"),
         ({"rope_parameters": 3}, "rope_parameters is 3, expected an object"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "is true"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "is true"),
         ({"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is true"),
     ],

@@ -80,6 +80,17 @@ def test_aliases_scrubbing_and_pseudonyms(tmp_path):
     assert stats_of(tmp_path / "out")["counts"]["email"] == 1
 
 
+def test_aliases_that_nobody_goes_by_are_told(tmp_path):
+    source = write(tmp_path / "in.jsonl", scenes())
+    (tmp_path / "aliases.json").write_text('{"ann": ["an", "bn"], "cleo": ["rexx"]}')
+    how = ("--aliases", str(tmp_path / "aliases.json"))
+    code, _, err = call(source, tmp_path / "out", *how)
+    assert code == 0 and "aliases that nobody goes by: 3, first 'an'; did you mean 'ann'?" in err
+    (tmp_path / "aliases.json").write_text('{"cleo": ["ann"]}')
+    code, _, err = call(source, tmp_path / "renamed", *how)
+    assert code == 0 and "nobody goes by" not in err
+
+
 def test_pseudonyms_of_those_who_never_speak_to_whom_is_asked_for(tmp_path):
     items = [*scenes(), {"group": "apart", "turns": talk(900, "zebulon", "ann")}]
     items[0]["turns"][0]["text"] = "Zebulon told me that the harbour is closed"

@@ -69,6 +69,7 @@ class Columns:
       replies: how many replies a dialogue has.
       keys: digest of the dialogue's texts.
       speakers: everybody who speaks, whoever was asked for.
+      aliases: those that somebody goes by.
       counts: what was read, dropped and changed.
     """
 
@@ -82,6 +83,7 @@ class Columns:
     replies: list[int]
     keys: list[bytes]
     speakers: frozenset[str]
+    aliases: frozenset[str]
     counts: collections.Counter
 
 
@@ -126,9 +128,12 @@ def read_shard(task: ReadTask) -> Columns:
     asked = frozenset(reading.responders)
     dialogues: list[Dialogue] = []
     speakers: set[str] = set()
+    aliases: set[str] = set()
     for record in module.read(task.unit, counts, reading.columns, task.start, task.stop):
         counts["records"] += 1
-        record = clean.rename(record, reading.aliases) if reading.aliases else record
+        if reading.aliases:
+            aliases |= clean.speakers(record) & reading.aliases.keys()
+            record = clean.rename(record, reading.aliases)
         record = clean.scrub_texts(record, counts) if reading.scrub else record
         speakers |= clean.speakers(record)
         if not reading.keep_splits:
@@ -148,6 +153,7 @@ def read_shard(task: ReadTask) -> Columns:
         replies=[max(len(d.replies), 1) for d in dialogues],
         keys=[text_key(d) for d in dialogues],
         speakers=frozenset(speakers),
+        aliases=frozenset(aliases),
         counts=counts,
     )
 

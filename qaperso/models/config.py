@@ -177,7 +177,7 @@ def _refuse_unsupported(config: Mapping[str, Any], family: str, layers: int, whe
     for key in _BIASES[family]:
         if config.get(key):
             raise UserError(f"{where}: {key} is true, supported for {family} is false: choose a model without biases")
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None  # transformers' default
     kinds = config.get("layer_types")
     if family == "llama":
         used = False
