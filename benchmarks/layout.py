@@ -13,7 +13,7 @@ the names are masked. Values of weights are random. On every side LoRA of rank 1
   20 GB), shuffled or sorted by length within pools of 50 batches; chosen by trials on a batch of middling size.
 
 Ours has the dtype of its config. With --dtype everybody has that one. Everybody has the same cores and a process of its own;
-all take turns. The rounds' batches are spread evenly over an epoch (the peer's by size). A program's rate is what it was
+all take turns, of two steps each, of which the second counts. The rounds' batches are spread evenly over an epoch (the peer's by size). A program's rate is what it was
 timed at, positions per second, times the exact number of learned tokens per position of the whole epoch, so that it does
 not depend on which batches were drawn.
 """
@@ -211,7 +211,8 @@ def measure(options: argparse.Namespace, data: Path | None) -> tuple[list[Ratio]
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(rounds):
         for name, worker in workers.items():
-            seconds[name] += worker.seconds([number + (offset if name == "peer" else 0)])
+            batch = number + (offset if name == "peer" else 0)
+            seconds[name] += worker.seconds([batch, batch])[1:]
     rates = {name: [epochs[name].rate(n, s) for n, s in enumerate(found)] for name, found in seconds.items()}
     for name, worker in workers.items():
         figures[name] = {
