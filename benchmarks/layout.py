@@ -13,9 +13,9 @@ the names are masked. Values of weights are random. On every side LoRA of rank 1
   20 GB), shuffled or sorted by length within pools of 50 batches; chosen by trials on a batch of middling size.
 
 Ours has the dtype of its config. With --dtype everybody has that one. Everybody has the same cores and a process of its own;
-all take turns, of two steps each, of which the second counts. The rounds' batches are spread evenly over an epoch (the peer's by size). A program's rate is what it was
-timed at, positions per second, times the exact number of learned tokens per position of the whole epoch, so that it does
-not depend on which batches were drawn.
+all take turns, of two steps each, of which the second counts. The rounds' batches are spread evenly over an epoch (the
+peer's by size). A program's rate is what it was timed at, positions per second, times the exact number of learned tokens
+per position of the whole epoch, so that it does not depend on which batches were drawn.
 """
 
 from __future__ import annotations
