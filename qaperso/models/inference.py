@@ -112,9 +112,8 @@ def write(pair: Pair, new: Pair, place: Int[Array, " B"]) -> Pair:
         at[1], at[axis] = jnp.arange(len(place)), place
         # Indices apart from each other come first in what they index.
         one = jnp.moveaxis(token.squeeze(axis), 1, 0).astype(old.dtype)
-        if (
-            len(place) == 1
-        ):  # twice the same: of one update XLA's CPU back end makes two, each with copies of the whole cache
+        # Twice the same: of a single update XLA's CPU back end makes two, each with copies of the whole cache.
+        if len(place) == 1:
             at[1], at[axis], one = (jnp.concatenate([x, x]) for x in (at[1], at[axis], one))
         return old.at[tuple(at)].set(one, mode="promise_in_bounds", unique_indices=len(place) > 1)
 
