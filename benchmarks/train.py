@@ -178,7 +178,7 @@ def open_some(
         wanted = options.devices[:1] if options.quick else options.devices
         candidates = {str(d): (lambda d=d: bench.ours("sft", dtype, d)) for d in wanted}
         chosen, workers[f"sft {dtype}"], trials = common.fastest(candidates, trial)
-        choices = Choices(int(chosen), bench.model.layers // 2)
+        choices = Choices(int(chosen), 2 * bench.model.layers // 3)  # as configs/qar_smollm2_split.py
         figures["ours"] = {"devices": chosen} | {f"trial seconds, {k} devices": v for k, v in trials.items()}
     else:
         workers[f"sft {dtype}"] = bench.ours("sft", dtype, choices.devices)

@@ -1,4 +1,4 @@
-"""`qar_smollm2.py` with one tower in the lower half of the layers: cheaper, see docs/results.md."""
+"""`qar_smollm2.py` with one tower in the lower two thirds of the layers: cheaper, see docs/results.md."""
 
 import runpy
 from pathlib import Path
@@ -6,5 +6,5 @@ from pathlib import Path
 
 def get_config():
     c = runpy.run_path(str(Path(__file__).with_name("qar_smollm2.py")))["get_config"]()
-    c.qar.split_layer = 15
+    c.qar.split_layer = 20
     return c

@@ -30,14 +30,13 @@ import numpy as np
 
 from qaperso import checkpoint
 from qaperso import config as configs
+from qaperso.data.splits import SPLITS
 from qaperso.errors import STOPPED, UserError, command, nearest, running
 from qaperso.eval import compare as comparing
 from qaperso.eval import intervals, report
 from qaperso.eval.compare import Items
 from qaperso.run import RECORD, read_record
 
-# What evaluation of the test split leaves last.
-ITEMS = "items.npz"
 Metric = dict[str, float]
 
 
@@ -53,6 +52,7 @@ class Suite:
       before: runs that the others start from, trained once.
       evaluate: more options of `python -m qaperso.evaluate`.
       once: methods that train nothing: run with the first seed, and compared with every seed of the others.
+      split: that cells are scored on; designs are chosen by "dev".
     """
 
     methods: Mapping[str, tuple[str, ...]]
@@ -62,6 +62,7 @@ class Suite:
     before: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     evaluate: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
+    split: str = "test"
 
 
 def _are(kind: type, value: Any) -> bool:
@@ -90,6 +91,7 @@ FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "before": _RUNS,
     "evaluate": _STRINGS,
     "once": _STRINGS,
+    "split": (f"one of {', '.join(SPLITS)}", lambda value: value in SPLITS),
 }
 
 
@@ -102,11 +104,12 @@ class Cell:
     workdir: Path
     config: str
     overrides: tuple[str, ...]
+    split: str = "test"
 
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do."""
-        return (self.workdir / (ITEMS if self.method else "done")).exists()
+        return (comparing.file_of(self.workdir, self.split) if self.method else self.workdir / "done").exists()
 
 
 def load_suite(path: Path) -> Suite:
@@ -161,7 +164,7 @@ def cells(suite: Suite, folder: Path) -> list[Cell]:
                 continue
             filled = [_filled(text, places) for text in overrides]
             place = folder / f"{_slug(method)}-{seed}"
-            found.append(Cell(method, seed, place, config, (*filled, f"seed={seed}")))
+            found.append(Cell(method, seed, place, config, (*filled, f"seed={seed}"), suite.split))
     return found
 
 
@@ -213,7 +216,9 @@ def run_cell(cell: Cell, options: Sequence[str], deadline: float, log: Path | No
     if not cell.method:
         (cell.workdir / "done").touch()
         return True
-    return _command(["qaperso.evaluate", "--workdir", str(cell.workdir), *options], deadline, log)
+    return _command(
+        ["qaperso.evaluate", "--workdir", str(cell.workdir), "--split", cell.split, *options], deadline, log
+    )
 
 
 def make(every: Sequence[Cell], options: Sequence[str], deadline: float, jobs: int) -> list[str]:
@@ -356,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + 60 * known.minutes
     failed = [] if known.table else make(every, suite.evaluate, deadline, known.jobs)
     measured = [c for c in every if c.method]
-    done = {(c.method, c.seed): comparing.load(c.workdir / ITEMS) for c in measured if c.done}
+    done = {(c.method, c.seed): comparing.load(comparing.file_of(c.workdir, c.split)) for c in measured if c.done}
     if not done:
         raise (
             UserError("; ".join(failed))

@@ -208,7 +208,7 @@ def score(known: argparse.Namespace, folders: Sequence[Path], against: Sequence[
         target = Path(known.report) if known.report else run.folder / f"report{suffix}.html"
         page.write(dataclasses.replace(run.report, metrics=columns, against=compared), target)
         say(f"page of {run.name}: {target}")
-        compare.save(run.folder / f"items{suffix}.npz", run.found.items)
+        compare.save(compare.file_of(run.folder, known.split), run.found.items)
 
     report.show(f"{known.split} split, 95% intervals", {s.name: s.metrics for s in (*ours, *theirs)})
     if theirs:

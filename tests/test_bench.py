@@ -99,6 +99,7 @@ def test_what_trains_nothing_is_run_once_and_compared_with_every_seed(suite_file
             r"suite_x\.py', line 6: found ZeroDivisionError: division by zero, expected",
         ),
         ("return dict(", "dict(", r"get_suite\(\) returns None, expected a dict of fields"),
+        ("seeds=(0, 1)", "seeds=(0, 1), split='devel'", "split is 'devel', expected one of train, dev, test, unseen"),
     ],
 )
 def test_a_wrong_suite_is_one_clear_error(suite_file: Path, old: str, new: str, expected: str) -> None:
@@ -124,10 +125,11 @@ class Commands:
         workdir.mkdir(parents=True, exist_ok=True)
         self.asked.append(f"{words[0].removeprefix('qaperso.')} {workdir.name}")
         if words[0] == "qaperso.evaluate":
-            assert list(words[-2:]) == ["--replies", "5"]
+            split, *options = words[4:]
+            assert words[3] == "--split" and options == ["--replies", "5"]
             shift = int(workdir.name[-1]) - (0.5 if "towers" in workdir.name else 0.0)
             scores = {"nll": (np.array([1.0, 3.0]) + shift, np.ones(2))}
-            compare.save(workdir / bench.ITEMS, Items(("a", "b"), ("q", "r"), ("g", "h"), scores, ""))
+            compare.save(compare.file_of(workdir, split), Items(("a", "b"), ("q", "r"), ("g", "h"), scores, ""))
         return True
 
 
@@ -162,6 +164,15 @@ def test_what_is_done_is_left_alone(
     assert lines[2].startswith("| Two towers | 2 | 2.000 [")
     assert lines[3] == "| less LoRA | 2 | -0.500 [-0.500, -0.500] |"
     assert lines[4].startswith("| LoRA | 2 | 2.500 [") and not lines[5]
+
+
+def test_a_suite_on_dev_leaves_the_test_split_unread(suite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite_file.write_text(TEXT.replace("seeds=", 'split="dev",\n        seeds='), encoding="utf-8")
+    monkeypatch.setattr(bench, "_command", Commands())
+    output = suite_file.parent / "runs"
+    assert bench.main(["--suite", str(suite_file), "--output", str(output)]) == 0
+    assert len(list(output.glob("*/items_dev.npz"))) == 4 and not list(output.glob("*/items.npz"))
+    assert json.loads((output / "table.json").read_text(encoding="utf-8"))["cells"] == 4
 
 
 def test_no_cell_begins_after_the_deadline(suite_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,7 @@ def test_folders_that_no_marker_names_are_appended() -> None:
 def test_every_file_of_configs_is_described(reference: str) -> None:
     for path in (pages.ROOT / "configs").glob("*.py"):
         assert reference.count(f"### {path.stem}\n") == 1, path
-    assert "qar.split_layer = 15" in reference and "# qar_llama3_8b.py:v5e-16" in reference
+    assert "qar.split_layer = 20" in reference and "# qar_llama3_8b.py:v5e-16" in reference
 
 
 def test_equations_become_mathml() -> None:

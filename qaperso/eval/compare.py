@@ -124,6 +124,11 @@ def check_same(ours: str, mine: Sequence[Dialogue], theirs: str, others: Sequenc
             )
 
 
+def file_of(workdir: Path, split: str) -> Path:
+    """Where the items of a split lie: items.npz for the test split, items_SPLIT.npz for another."""
+    return workdir / ("items.npz" if split == "test" else f"items_{split}.npz")
+
+
 def save(path: Path, items: Items) -> None:
     """Writes items to an .npz file, whole or not at all."""
     partial = path.with_name("partial-" + path.name)
