@@ -44,7 +44,7 @@ class Chip:
 
 TPU_PAGES = "https://docs.cloud.google.com/tpu/docs/"
 GPU_PAGES = "https://www.nvidia.com/en-us/data-center/"
-# Of one H100 that was timed (docs/results.md): what a square product of 8,192 reached, and what a step of plain LoRA takes for its memory
+# Of one H100 that was timed (docs/speed.md): what a square product of 8,192 reached, and what a step of plain LoRA takes for its memory
 # then. `tests/test_roofline.py` has its work, and another step's that neither was fitted on.
 HOPPER_EFFICIENCY, HOPPER_STREAMING = 0.665, 0.7
 
