@@ -46,7 +46,8 @@ def both(name: str, setting: Setting, trainable: Tree, base: Tree, inputs: Input
     def ours(weights: Tree) -> jax.Array:
         mask = decoder.causal_mask(inputs.segment, inputs.attend)
         x, _ = inference.prefill(weights, inputs.tokens, inputs.position, mask, adapters.rows, setting.model)
-        return decoder.logits(weights, towers.join(weights["tower"], weights, x, setting.model), setting.model)
+        hidden = towers.join(weights["tower"], weights, x, setting.model)
+        return inference.logits(weights, hidden.reshape(-1, hidden.shape[2])).reshape(*hidden.shape[:2], -1)
 
     @jax.jit
     def theirs(trainable: Tree, base: Tree) -> jax.Array:
@@ -70,6 +71,21 @@ def test_merged_logits_are_unmerged_logits(name: str, shape: str, split: int) ->
     # The adapters matter, or this shows nothing.
     bare, _ = both(name, setting, {**trainable, "lora": jax.tree.map(jnp.zeros_like, trainable["lora"])}, base, inputs)
     assert np.abs(bare - ours)[real].max() > 0.1
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "bfloat16"}], ids=["merged", "beside"])
+def test_accelerators_compute_the_same(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """There activations come first in products, kernels on CPUs alone."""
+    setting, trainable, base = case("qar", "all", qar__split_layer=1, **changes)
+    inputs = helpers.device(helpers.batch(1).inputs)
+    first, _ = both("qar", setting, trainable, base, inputs)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(inference, "platform", lambda: "gpu")
+        jax.clear_caches()
+        ours, _ = both("qar", setting, trainable, base, inputs)
+    jax.clear_caches()
+    real = np.asarray(inputs.segment > 0)
+    assert np.abs(ours - first)[real].max() <= (0.2 if changes else 1e-4) and np.abs(first[real]).max() > 1
 
 
 @pytest.mark.parametrize("name", ["sft", "qar"])
@@ -96,9 +112,9 @@ def test_in_bfloat16_adapters_stay_beside_the_kernels() -> None:
     for i, layer in enumerate(weights["layers"]):
         for name, parts in inference.FUSED.items():
             expect = jnp.concatenate([narrow["layers"][p][i] for p in parts], -1)
-            np.testing.assert_array_equal(layer[name], expect)
+            np.testing.assert_array_equal(layer[name], expect.T)
             delta = [scaled[p]["a"][i] @ scaled[p]["b"][i] for p in parts]
-            found = layer[f"{name}_a"].astype(jnp.float32) @ layer[f"{name}_b"].astype(jnp.float32)
+            found = (layer[f"{name}_b"].astype(jnp.float32) @ layer[f"{name}_a"].astype(jnp.float32)).T
             # Two roundings to 8 bits for each product.
             np.testing.assert_allclose(found, jnp.concatenate(delta, -1), atol=0.02 * float(jnp.abs(found).max()))
     # And the whole: as close to float32 as training's own forward pass in bfloat16 is.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qaperso.models.linear import bits, matmul, narrower, product, unbits, working
+from qaperso.models.linear import bits, kernel_first, matmul, narrower, product, unbits, working
 
 
 def normal(seed: int, *shape: int, dtype: type = jnp.float32) -> jax.Array:
@@ -69,3 +69,14 @@ def test_the_narrower_dtype_wins() -> None:
         "bfloat16",
         "float32",
     ]
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (3, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("axis", [-1, 0])
+def test_the_kernel_first_is_the_same_product(rows: tuple[int, int], dtype: str, axis: int) -> None:
+    kernel, x = normal(0, 48, 16, dtype=dtype), normal(1, *rows, 16)
+    expected = np.moveaxis(np.asarray(matmul(x, kernel.T)), -1, 0)
+    found = jax.jit(lambda k, x: kernel_first(k, x, axis, x.dtype))(kernel, jnp.moveaxis(x, -1, axis))
+    assert found.dtype == x.dtype
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)

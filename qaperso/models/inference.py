@@ -5,6 +5,8 @@ Computes what `decoder.run` computes without dropout and gradients (tests compar
 - projections that read the same input are one kernel, q|k|v and gate|up: fewer and wider matmuls;
 - every layer has arrays of its own: a stack would be cut into copies at each token on back ends that do not fuse the
   slice into the matmul (CPU), which is three times the memory traffic of reading the weights;
+- kernels lie as [out, in], so that XLA's CPU back end can have them first in their products, where few rows are
+  multiplied faster (docs/log.md);
 - values lie as [towers, B, KV, C, head_dim] and keys with the last two turned round, so that both products of attention
   read them where they are, and a new token is written in place.
 """
@@ -18,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qaperso.arrays import constrain_batch, in_turn
+from qaperso.arrays import constrain_batch, in_turn, platform
 from qaperso.models import decoder, lora, quantized, towers
 from qaperso.models.config import DecoderConfig
 from qaperso.models.decoder import Adapters
-from qaperso.models.linear import matmul, product, working
+from qaperso.models.linear import kernel_first, matmul, product, working
 
 Tree = Any
 # Keys [towers, B, KV, head_dim, C] and values [towers, B, KV, C, head_dim] of a layer; a cache has a pair for every layer.
@@ -49,7 +51,7 @@ def prepare(base: Tree, adapters: Adapters, tower: Tree, config: DecoderConfig, 
       dtype: of weights, activations and cache.
 
     Returns:
-      {embed, norm, head?, tower: {norm_s, alpha?}, layers: [{qkv, o, gate_up, down, norms, biases, ...} of each layer]}.
+      {embed, norm, table?, tower: {norm_s, alpha?}, layers: [{qkv, o, gate_up, down, norms, biases, ...} of each layer]}.
     """
     side = adapters.lora
     quantised = any(map(quantized.is_quantized, quantized.leaves(base)))
@@ -58,20 +60,27 @@ def prepare(base: Tree, adapters: Adapters, tower: Tree, config: DecoderConfig, 
     stacked = base["layers"]
     layers = {name: stacked[name] for name in NORMS if name in stacked}
     for name, parts in FUSED.items():
-        layers[name] = jax.tree.map(lambda *x: jnp.concatenate(x, -1), *[stacked[p] for p in parts])
-        if f"{parts[0]}_bias" in stacked:
-            layers[f"{name}_bias"] = jnp.concatenate([stacked[f"{p}_bias"] for p in parts], -1)
+        layers[name] = _turned(jax.tree.map(lambda *x: jnp.concatenate(x, -1), *[stacked[p] for p in parts]))
         if side is not None:
-            layers[f"{name}_a"] = jnp.concatenate([side[p]["a"] for p in parts], -1)
-            layers[f"{name}_b"] = jax.vmap(jax.scipy.linalg.block_diag)(*[side[p]["b"] for p in parts])
-    weights = {name: base[name] for name in ("embed", "norm", "head") if name in base}
+            layers[f"{name}_a"] = _turned(jnp.concatenate([side[p]["a"] for p in parts], -1))
+            layers[f"{name}_b"] = _turned(jax.vmap(jax.scipy.linalg.block_diag)(*[side[p]["b"] for p in parts]))
+    if "q_bias" in stacked:
+        layers["qkv_bias"] = jnp.concatenate([stacked[f"{p}_bias"] for p in FUSED["qkv"]], -1)
+    weights = {name: base[name] for name in ("embed", "norm")}
+    if "head" in base:
+        weights["table"] = decoder.head(base)
     weights["tower"] = {name: tower[name] for name in ("norm_s", "alpha") if name in tower}
     weights["layers"] = [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(config.layers)]
     if (own := adapters.specific) is not None:
-        two = {"own_gate_up": jnp.concatenate([own["gate"], own["up"]], -1), "own_down": own["down"]}
+        two = {"own_gate_up": _turned(jnp.concatenate([own["gate"], own["up"]], -1)), "own_down": _turned(own["down"])}
         for i, one in enumerate(weights["layers"][decoder.split_of(adapters, config) :]):
             one |= jax.tree.map(lambda x, i=i: x[i], two)
     return jax.tree.map(lambda x: x.astype(dtype), weights, is_leaf=quantized.is_quantized)
+
+
+def _turned(kernel: Any) -> Any:
+    """[..., in, out] as [..., out, in]; a quantised one stays as it is, with its scales by output."""
+    return kernel if quantized.is_quantized(kernel) else jnp.swapaxes(kernel, -1, -2)
 
 
 def count_towers(one: Tree) -> int:
@@ -137,26 +146,43 @@ def layer(
       The states, and the keys and values that were attended to.
     """
     towers, b, s, _ = x.shape
+    # Where the features of a product lie: before all else on CPUs, whose kernels come first.
+    side = 0 if platform() == "cpu" else -1
 
-    def dense(h: Array, name: str) -> Array:
-        y = matmul(h, quantized.plain(weights[name]))
-        if f"{name}_bias" in weights:
-            y = y + weights[f"{name}_bias"].astype(y.dtype)
-        return y if f"{name}_a" not in weights else y + matmul(matmul(h, weights[f"{name}_a"]), weights[f"{name}_b"])
+    def times(kernel: Any, h: Array, axis: int) -> Array:
+        """A kernel's product with h, whose features lie at `axis`."""
+        if quantized.is_quantized(kernel):
+            return jnp.moveaxis(matmul(jnp.moveaxis(h, axis, -1), quantized.plain(kernel)), -1, side)
+        if side:
+            return product(h, kernel, ((axis % h.ndim,), (1,)), h.dtype)
+        return kernel_first(kernel, h, axis, h.dtype)
+
+    def dense(h: Array, name: str, axis: int = -1) -> Array:
+        y = times(weights[name], h, axis)
+        if f"{name}_a" in weights:
+            y = y + times(weights[f"{name}_b"], times(weights[f"{name}_a"], h, axis), side)
+        return y
+
+    def last(y: Array) -> Array:
+        """Features last. Without the barrier the compiler would turn the product round again."""
+        return y if side else jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)
 
     def normed(h: Array, name: str) -> Array:
         return decoder.rms_norm(h, weights[name], config.norm_eps) if name in weights else h
 
     def swiglu(h: Array, wide: str, narrow: str) -> Array:
-        gate, up = jnp.split(dense(h, wide), 2, -1)
-        return dense(jax.nn.silu(gate) * up, narrow)
+        gate, up = jnp.split(dense(h, wide), 2, side)
+        return last(dense(jax.nn.silu(gate) * up, narrow, side))
 
-    together = dense(normed(x, "attn_norm"), "qkv").reshape(towers, b, s, -1, config.head_dim)
+    together = last(dense(normed(x, "attn_norm"), "qkv"))
+    if "qkv_bias" in weights:
+        together = together + weights["qkv_bias"].astype(together.dtype)
+    together = together.reshape(towers, b, s, -1, config.head_dim)
     q, k, v = jnp.split(together, [config.heads, config.heads + config.kv_heads], 3)
     q, k = decoder.rope(normed(q, "q_norm"), tables), decoder.rope(normed(k, "k_norm"), tables)
     new = jnp.moveaxis(k, 2, 4), jnp.moveaxis(v, 2, 3)
     pair = new if pair is None else write(pair, new, place)
-    x = x + dense(attention(q, *pair, mask), "o")
+    x = x + last(dense(attention(q, *pair, mask), "o"))
 
     h = normed(x, "mlp_norm")
     general = swiglu(h[0], "gate_up", "down")
@@ -205,8 +231,8 @@ def prefill(
 
 
 def logits(weights: Tree, hidden: Float[Array, "B D"]) -> Float[Array, "B V"]:
-    """`decoder.logits` of a few rows. XLA's CPU back end is faster with the table first, and behind the barrier leaves it there."""
-    return jax.lax.optimization_barrier(product(decoder.head(weights), hidden, ((1,), (1,)))).T
+    """`decoder.logits` of a few rows. Behind the barrier the compiler leaves the table first."""
+    return jax.lax.optimization_barrier(kernel_first(weights.get("table", weights["embed"]), hidden, 1)).T
 
 
 def decode(
