@@ -1,4 +1,7 @@
-"""`qar_smollm2.py` with one tower in the lower two thirds of the layers: cheaper (docs/speed.md), at a price where who asks matters (docs/results.md)."""
+"""`qar_smollm2.py` with one tower in the lower two thirds of the layers.
+
+Cheaper (docs/speed.md), at a price where who asks matters (docs/results.md).
+"""
 
 import runpy
 from pathlib import Path
