@@ -5,7 +5,8 @@ Useful tokens per second: what the layout of batches is worth. Useful are the to
 Data sets are those of python -m qaperso.prepare, tokenised as SmolLM2 does; where people have ids for names (chitchat)
 the names are masked. Values of weights are random. On every side LoRA of rank 16 on seven projections, no dropout, AdamW.
 
-- packed: batches as configs/qar_smollm2.py has them but of four rows, the contrast plan for QAR and for sft.
+- packed: batches as configs/qar_smollm2.py has them, the contrast plan for QAR and for sft. Rows of the length that is fastest
+  for a data set: longer ones show fewer turns twice and leave fewer replies out, shorter ones need less attention.
 - published (arXiv 2412.11736): for every reply its window of up to six turns as a sequence of its own, padded to 592
   tokens, four a batch, loss and logits at every position; the same QAR step otherwise, on as many devices.
 - peer: transformers + peft on the same windows, padded to the longest of their batch, the loss on the reply only. It gets
@@ -46,8 +47,8 @@ from qaperso.types import Batch, Example
 LIMIT = 400
 BATCH_SIZES = (4, 8)
 POOL = 50
-# Of our batches, packed and published.
-ROWS = 4
+# Batches that are tried, packed; the published layout has as many rows as the first.
+SHAPES = (Shape(4, 256, 224, 8), Shape(2, 512, 448, 16), Shape(2, 1024, 896, 32))
 # QAR packed / published, by the format of the data set.
 TARGETS = {"chitchat": 5.5}
 TARGET = 7.0
@@ -77,6 +78,16 @@ def evenly(count: int, drawn: int) -> list[int]:
     return [int((i + 0.5) * count / drawn) for i in range(drawn)]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Packed:
+    """How dialogues are packed: into batches of which shape, how many sequences, how many replies are too long; an epoch a method."""
+
+    shape: Shape
+    sequences: int
+    left_out: int
+    epochs: dict[str, Epoch]
+
+
 def packed_epoch(corpus: packing.Corpus, examples: Sequence[Example], method: str, drawn: int) -> Epoch:
     """Batches as training makes them."""
     config, plan = corpus.config, corpus.plan(examples)
@@ -103,9 +114,10 @@ def published_epoch(windows: Sequence[Example], shape: Shape, config: Any, drawn
 
 
 def everywhere(batch: Batch) -> Batch:
-    """The same predictions, with logits at every position and weight zero at the others; leaves [1, ...]."""
+    """The same predictions, with logits at every position and next to no weight at the others; leaves [1, ...]."""
     tokens = batch.inputs.tokens
-    weight = np.zeros(tokens.shape, np.float32)
+    # Where there is none the loss computes nothing.
+    weight = np.full(tokens.shape, 1e-9, np.float32)
     for r, c in np.argwhere(batch.weight > 0):
         weight[r, batch.target_index[r, c]] = 1
     index = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
@@ -135,7 +147,6 @@ def data_config(data: Path) -> tuple[str, Any]:
     """The format that a prepared data set was read from, and configs/qar_smollm2.py for it."""
     config = configs.load(ROOT / "configs" / "qar_smollm2.py")
     config.data.path = str(data)
-    config.batch.rows = ROWS
     kind = json.loads((data / "stats.json").read_text(encoding="utf-8"))["format"]["name"]
     config.data.names = "masked" if kind == "chitchat" else "visible"
     return kind, config
@@ -152,20 +163,36 @@ class Bench:
         else:
             self.kind, config = "town", configs.load(ROOT / "configs" / "quickstart.py")
             config.base, config.qar.contrast = "random", "prototypes"
-            config.batch.rows = ROWS
         config.dtype = options.dtype or config.dtype
-        self.config = config
-        self.corpus = packing.Corpus(config, 40 if options.quick else LIMIT)
-        length = 2 * config.batch.length if options.quick else packing.PUBLISHED
-        self.published = Shape(ROWS, length, length, 1)
+        self.config, b, rows = config, config.batch, SHAPES[0].rows
+        self.shapes = (Shape(rows, b.length, b.targets, b.dialogues),) if options.quick else SHAPES
+        self.corpus = self.corpus_in(self.shapes[0])
+        length = 2 * b.length if options.quick else packing.PUBLISHED
+        self.published = Shape(rows, length, length, 1)
         self.model = ours.TINY if options.quick else ours.SMOLLM2
         assert len(self.corpus.tokenizer) <= self.model.vocab
 
-    def ours(self, method: str, epoch: Epoch, shape: Shape, devices: int) -> Worker:
-        config, store = self.config.copy_and_resolve_references(), self.corpus.store
-        config.method = method
+    def config_in(self, shape: Shape) -> Any:
+        """The config with batches of a shape."""
+        config = self.config.copy_and_resolve_references()
         config.batch.rows, config.batch.length = shape.rows, shape.length
         config.batch.targets, config.batch.dialogues = shape.targets, shape.dialogues
+        return config
+
+    def corpus_in(self, shape: Shape) -> packing.Corpus:
+        """The dialogues, for batches of a shape."""
+        return packing.Corpus(self.config_in(shape), 40 if self.options.quick else LIMIT)
+
+    def packed(self, shape: Shape) -> Packed:
+        """Batches of a shape."""
+        corpus = self.corpus_in(shape)
+        examples, left_out = corpus.packed()
+        epochs = {method: packed_epoch(corpus, examples, method, self.options.rounds) for method in ("qar", "sft")}
+        return Packed(shape, len(examples), left_out, epochs)
+
+    def ours(self, method: str, epoch: Epoch, shape: Shape, devices: int) -> Worker:
+        config, store = self.config_in(shape), self.corpus.store
+        config.method = method
         clusters = 1 + int(store.cluster.max())
         setting = Setting(config, self.model, store.registry.rows, clusters, store.classes)
         return ours.worker(setting, epoch.batches, devices)
@@ -179,20 +206,14 @@ class Bench:
 def measure(options: argparse.Namespace, data: Path | None) -> tuple[list[Ratio], dict[str, Any]]:
     """Ratios and figures of one data set."""
     bench, rounds = Bench(options, data), options.rounds
-    examples, left_out = bench.corpus.packed()
     windows = bench.corpus.windows(bench.published.length)
-    epochs = {
-        "qar packed": packed_epoch(bench.corpus, examples, "qar", rounds),
-        "sft packed": packed_epoch(bench.corpus, examples, "sft", rounds),
-        "qar published layout": published_epoch(windows, bench.published, bench.config, rounds),
-    }
+    epochs = {"qar published layout": published_epoch(windows, bench.published, bench.config, rounds)}
     figures: dict[str, Any] = {
         "dtype": bench.config.dtype,
         "dialogues": len(bench.corpus.train),
         "windows": len(windows),
     }
-    figures |= {"replies left out": left_out, "sequences": len(examples)}
-    shape, workers = bench.corpus.shape, {}
+    workers: dict[str, Worker] = {}
     # The peer first: while its settings are tried it takes the most memory of all.
     lacking, offset = common.missing("torch", "peft"), 0
     if lacking:
@@ -200,14 +221,12 @@ def measure(options: argparse.Namespace, data: Path | None) -> tuple[list[Ratio]
         figures["peer"] = lacking
     else:
         workers["peer"], epochs["peer"], offset = open_peer(bench, windows, figures)
-    makers = {str(d): (lambda d=d: bench.ours("qar", epochs["qar packed"], shape, d)) for d in options.devices}
-    chosen, workers["qar packed"], trials = common.fastest(makers, lambda w: min(w.seconds([0, 0])))
-    figures["devices"] = chosen
-    figures |= {f"trial seconds, {d} devices": s for d, s in trials.items()}
+    packed, devices, workers["qar packed"] = open_packed(bench, figures)
+    epochs |= {f"{method} packed": epoch for method, epoch in packed.epochs.items()}
     name = "qar published layout"
-    workers[name] = bench.ours("qar", epochs[name], bench.published, int(chosen))
+    workers[name] = bench.ours("qar", epochs[name], bench.published, devices)
     if not lacking:
-        workers["sft packed"] = bench.ours("sft", epochs["sft packed"], shape, int(chosen))
+        workers["sft packed"] = bench.ours("sft", epochs["sft packed"], packed.shape, devices)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for number in range(rounds):
         for name, worker in workers.items():
@@ -232,6 +251,32 @@ def measure(options: argparse.Namespace, data: Path | None) -> tuple[list[Ratio]
             pair = rates[f"{method} packed"], rates["peer"]
             ratios.append(compare(f"{label}: {method} packed / transformers+peft windows", *pair, target, ">="))
     return ratios, figures
+
+
+def open_packed(bench: Bench, figures: dict[str, Any]) -> tuple[Packed, int, Worker]:
+    """QAR on batches of the shape, and on as many devices, as learn most a second in a trial: both, and the worker."""
+    middle = bench.options.rounds // 2
+    makers, made = {}, {}
+    for found in map(bench.packed, bench.shapes):
+        for devices in bench.options.devices:
+            name = f"{found.shape.rows} x {found.shape.length}, {devices} devices"
+            made[name] = found, devices
+            makers[name] = lambda p=found, d=devices: bench.ours("qar", p.epochs["qar"], p.shape, d)
+        figures[f"of {found.shape.rows} x {found.shape.length}"] = {
+            "useful tokens a position": found.epochs["qar"].useful,
+            "sequences": found.sequences,
+            "replies left out": found.left_out,
+        }
+    trying = iter(made.values())
+
+    def trial(worker: Worker) -> float:
+        """Seconds a useful token; candidates come in order."""
+        epoch = next(trying)[0].epochs["qar"]
+        return 1 / epoch.rate(middle, min(worker.seconds([middle, middle])))
+
+    chosen, worker, trials = common.fastest(makers, trial)
+    figures["packed"] = {"chosen": chosen} | {f"{k}, useful tokens/s in a trial": 1 / v for k, v in trials.items()}
+    return *made[chosen], worker
 
 
 def open_peer(bench: Bench, windows: Sequence[Example], figures: dict[str, Any]) -> tuple[Worker, Epoch, int]:

@@ -6,8 +6,8 @@ Everybody computes the same: SmolLM2-135M's shapes, LoRA of rank 16 on seven pro
 adapters, 4 rows of 256 tokens, each row one dialogue that fills it, logits and loss at every position. QAR has its second
 tower and its contrast besides. Values are random: speed does not depend on them. Every program has a process of its own
 and works alone; those of one dtype are alive together (all at once would fill 24 GB, and steps then wait for pages) and take
-turns, held to the same cores, after two steps of warm-up. A turn is two steps, of which the second counts: training has a step
-before each, and after another program's the first finds its huge pages gone. Compile caches are off.
+turns, held to the same cores, after two steps of warm-up. A turn is four steps, of which the last counts: training has steps
+before each, and after another program's the first ones find their huge pages gone (docs/log.md). Compile caches are off.
 
 - ours: the step that qaperso.train runs, config as in configs/qar_smollm2.py. Of --devices (one device with all
   threads, or several with a share each and a share of the rows) the fastest.
@@ -38,6 +38,8 @@ from qaperso.models.config import DecoderConfig
 from qaperso.types import Batch
 
 GB = 1e9
+# Steps of a turn.
+TURN = 4
 DTYPES = ("float32", "bfloat16")
 
 
@@ -135,7 +137,7 @@ def measure(options: argparse.Namespace) -> tuple[list[Ratio], dict[str, Any]]:
         peaks[dtype] = []
         for number in range(options.rounds):
             for name, worker in opened.items():
-                seconds[name] += worker.seconds([number, number])[1:]
+                seconds[name] += worker.seconds([number] * TURN)[-1:]
             peaks[dtype].append(peak_of(opened, dtype, options.quick))
         for worker in opened.values():
             worker.close()

@@ -21,8 +21,8 @@ from qaperso.data.contrast import Keys, contrast_masks
 from qaperso.models.linear import bits, product, unbits
 
 Tree = Any
-# Predictions of a row whose logits exist at a time.
-CHUNK = 128
+# Predictions of a row whose logits exist at a time, and of all rows at least.
+CHUNK, BLOCK = 64, 256
 # Anchors, and candidates, whose scores exist at a time.
 TILE = 512
 
@@ -34,17 +34,29 @@ def cross_entropy(
     """Weighted negative log-likelihood of each target, in nats, of logits hidden @ table.T.
 
     Logits of a chunk of predictions exist at a time, [B, T, V] never; their gradient to `hidden` is made while they do
-    (the idea of fused linear cross-entropy, Hsu et al., arXiv 2410.10989).
+    (the idea of fused linear cross-entropy, Hsu et al., arXiv 2410.10989). A chunk without weight is not computed: a row has
+    room for more predictions than most rows make, and those it makes come first.
     """
-    chunks = tuple(map(_cut, (hidden, target, weight)))
-    found = jax.lax.map(lambda chunk: _exponentials(chunk[0], table, chunk[1])[2] * chunk[2], chunks)
-    return _join(found, hidden.shape[1])
+
+    def one(chunk: tuple) -> Array:
+        hidden, target, weight = chunk
+        return _exponentials(hidden, table, target)[2] * weight
+
+    return _join(_each(one, hidden, target, weight), hidden.shape[1])
+
+
+def _each(one: Callable[[tuple], Tree], *rows: Array) -> Tree:
+    """What `one` makes of each chunk of rows [B, T, ...], zeros where the last of them, their weight, is all zero."""
+    chunks = tuple(map(_cut, rows))
+    nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, tuple(x[0] for x in chunks)))
+    weighed = (chunks[-1] != 0).any((1, 2))
+    return jax.lax.map(lambda x: jax.lax.cond(x[0], one, lambda _: nothing, x[1]), (weighed, chunks))
 
 
 def _cut(x: Array) -> Array:
     """[B, T, ...] as chunks of equal size, [n, B, c, ...]; what is added is zero."""
     t = x.shape[1]
-    count = -(-t // CHUNK)
+    count = -(-t // max(CHUNK, BLOCK // x.shape[0]))
     size = -(-t // count)
     x = jnp.pad(x, [(0, 0), (0, count * size - t)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
@@ -75,8 +87,7 @@ def _cross_entropy_forward(hidden: Array, table: Array, target: Array, weight: A
         slope = product(raised, table, ((2,), (0,))) / total - unbits(bits(table)[target])
         return loss * weight, (slope * weight[..., None]).astype(hidden.dtype)
 
-    found = jax.lax.map(one, tuple(map(_cut, (hidden, target, weight))))
-    loss, slope = (_join(x, hidden.shape[1]) for x in found)
+    loss, slope = (_join(x, hidden.shape[1]) for x in _each(one, hidden, target, weight))
     return loss, (hidden, table, target, weight, slope)
 
 

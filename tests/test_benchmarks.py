@@ -187,7 +187,12 @@ def test_layout_ratios_by_hand(beside, monkeypatch):
     ratios, figures = layout.measure(options, None)
     named = {name: found for name, found in figures.items() if isinstance(found, dict) and "useful tokens/s" in found}
     rates = {name: found["useful tokens/s"] for name, found in named.items()}
-    assert figures["devices"] == "2" and set(rates) == {"qar packed", "sft packed", "qar published layout", "peer"}
+    assert figures["packed"]["chosen"] == "4 x 96, 2 devices" and set(rates) == {
+        "qar packed",
+        "sft packed",
+        "qar published layout",
+        "peer",
+    }
     useful = {name: figures[name]["useful tokens a position"] for name in rates}
     # Four rows of 96, twice that length as published; two devices take half the time.
     assert rates["qar packed"] == 4 * 96 * useful["qar packed"] and rates["sft packed"] == 2 * rates["qar packed"]

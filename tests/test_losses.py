@@ -29,7 +29,11 @@ def plain(hidden: jax.Array, table: jax.Array, target: jax.Array, weight: jax.Ar
     return (jax.nn.logsumexp(logits, -1) - own) * weight
 
 
-@pytest.mark.parametrize("t", [1, 4, losses.CHUNK, losses.CHUNK + 1, 3 * losses.CHUNK - 5])
+# Predictions in a chunk of two rows.
+PART = losses.BLOCK // 2
+
+
+@pytest.mark.parametrize("t", [1, 4, PART, PART + 1, 3 * PART - 5])
 def test_chunked_cross_entropy_is_the_whole_with_its_gradients(t: int) -> None:
     hidden, table = jnp.asarray(normal(0, 2, t, 8)), jnp.asarray(3 * normal(1, 37, 8))
     generator = np.random.default_rng(2)
@@ -45,6 +49,26 @@ def test_chunked_cross_entropy_is_the_whole_with_its_gradients(t: int) -> None:
     own, expected = (jax.grad(total, (1, 2))(f, hidden, table) for f in (losses.cross_entropy, plain))
     for gradient, wanted in zip(own, expected, strict=True):
         np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_chunk_without_weight_is_not_computed(rows: int) -> None:
+    part = max(losses.CHUNK, losses.BLOCK // rows)
+    table, weight = jnp.asarray(normal(1, 37, 8)), np.zeros((rows, 3 * part), np.float32)
+    weight[0, :3], weight[-1, 2 * part] = 1, 1
+    # What is computed gives NaN in the middle chunk, and times a weight of zero still.
+    hidden = jnp.asarray(normal(0, rows, 3 * part, 8)).at[:, part : 2 * part].set(jnp.nan)
+    target = jnp.zeros((rows, 3 * part), jnp.int32)
+
+    def total(function: Any, hidden: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = function(hidden, table, target, jnp.asarray(weight))
+        return found.sum(), found
+
+    (_, ours), slope = jax.value_and_grad(total, 1, has_aux=True)(losses.cross_entropy, hidden, table)
+    (_, expected), right = jax.value_and_grad(total, 1, has_aux=True)(plain, jnp.nan_to_num(hidden), table)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(losses.cross_entropy(hidden, table, target, jnp.asarray(weight)), expected, rtol=1e-5)
+    np.testing.assert_allclose(slope, right, rtol=1e-5, atol=1e-6)
 
 
 def test_all_logits_never_exist() -> None:
