@@ -16,13 +16,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from qaperso.arrays import BATCH_AXES, ArraySpec, divides
+from qaperso.arrays import BATCH_AXES, ArraySpec, divides, platform
 from qaperso.data.contrast import Keys, contrast_masks
 from qaperso.models.linear import bits, product, unbits
 
 Tree = Any
-# Predictions of a row whose logits exist at a time, and of all rows at least.
-CHUNK, BLOCK = 64, 256
+# Predictions of a row whose logits exist at a time.
+CHUNK = 128
 # Anchors, and candidates, whose scores exist at a time.
 TILE = 512
 
@@ -34,8 +34,9 @@ def cross_entropy(
     """Weighted negative log-likelihood of each target, in nats, of logits hidden @ table.T.
 
     Logits of a chunk of predictions exist at a time, [B, T, V] never; their gradient to `hidden` is made while they do
-    (the idea of fused linear cross-entropy, Hsu et al., arXiv 2410.10989). A chunk without weight is not computed: a row has
-    room for more predictions than most rows make, and those it makes come first.
+    (the idea of fused linear cross-entropy, Hsu et al., arXiv 2410.10989). On CPUs a chunk without weight is not
+    computed: a row has room for more predictions than most rows make, and those it makes come first. Elsewhere that is left to be
+    measured: many rows on many devices rarely leave a chunk without any.
     """
 
     def one(chunk: tuple) -> Array:
@@ -46,8 +47,10 @@ def cross_entropy(
 
 
 def _each(one: Callable[[tuple], Tree], *rows: Array) -> Tree:
-    """What `one` makes of each chunk of rows [B, T, ...], zeros where the last of them, their weight, is all zero."""
+    """What `one` makes of each chunk of rows [B, T, ...]; on CPUs zeros where the last of them, their weight, is all zero."""
     chunks = tuple(map(_cut, rows))
+    if platform() != "cpu":
+        return jax.lax.map(one, chunks)
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(one, tuple(x[0] for x in chunks)))
     weighed = (chunks[-1] != 0).any((1, 2))
     return jax.lax.map(lambda x: jax.lax.cond(x[0], one, lambda _: nothing, x[1]), (weighed, chunks))
@@ -56,7 +59,7 @@ def _each(one: Callable[[tuple], Tree], *rows: Array) -> Tree:
 def _cut(x: Array) -> Array:
     """[B, T, ...] as chunks of equal size, [n, B, c, ...]; what is added is zero."""
     t = x.shape[1]
-    count = -(-t // max(CHUNK, BLOCK // x.shape[0]))
+    count = -(-t // CHUNK)
     size = -(-t // count)
     x = jnp.pad(x, [(0, 0), (0, count * size - t)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
