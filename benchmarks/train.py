@@ -7,7 +7,7 @@ adapters, 4 rows of 256 tokens, each row one dialogue that fills it, logits and 
 tower and its contrast besides. Values are random: speed does not depend on them. Every program has a process of its own
 and works alone; those of one dtype are alive together (all at once would fill 24 GB, and steps then wait for pages) and take
 turns, held to the same cores, after two steps of warm-up. A turn is four steps, of which the last counts: training has steps
-before each, and after another program's the first ones find their huge pages gone (docs/log.md). Compile caches are off.
+before each, and after another program's the first ones get their memory from the system anew (docs/log.md). Compile caches are off.
 
 - ours: the step that qaperso.train runs, config as in configs/qar_smollm2.py. Of --devices (one device with all
   threads, or several with a share each and a share of the rows) the fastest.
