@@ -80,10 +80,13 @@ def evenly(count: int, drawn: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Packed:
-    """How dialogues are packed: into batches of which shape, how many sequences, how many replies are too long; an epoch a method."""
+    """How dialogues are packed: into batches of which shape, how many sequences, how many tokens they have and how many of these
+    are learned, how many replies are too long; an epoch a method."""
 
     shape: Shape
     sequences: int
+    tokens: int
+    learned: int
     left_out: int
     epochs: dict[str, Epoch]
 
@@ -188,7 +191,8 @@ class Bench:
         corpus = self.corpus_in(shape)
         examples, left_out = corpus.packed()
         epochs = {method: packed_epoch(corpus, examples, method, self.options.rounds) for method in ("qar", "sft")}
-        return Packed(shape, len(examples), left_out, epochs)
+        tokens, learned = sum(map(len, examples)), sum(int(e.predicted[1:].sum()) for e in examples)
+        return Packed(shape, len(examples), tokens, learned, left_out, epochs)
 
     def ours(self, method: str, epoch: Epoch, shape: Shape, devices: int) -> Worker:
         config, store = self.config_in(shape), self.corpus.store
@@ -212,6 +216,7 @@ def measure(options: argparse.Namespace, data: Path | None) -> tuple[list[Ratio]
         "dtype": bench.config.dtype,
         "dialogues": len(bench.corpus.train),
         "windows": len(windows),
+        "real tokens a position, published layout": sum(map(len, windows)) / (bench.published.length * len(windows)),
     }
     workers: dict[str, Worker] = {}
     # The peer first: while its settings are tried it takes the most memory of all.
@@ -265,6 +270,8 @@ def open_packed(bench: Bench, figures: dict[str, Any]) -> tuple[Packed, int, Wor
         figures[f"of {found.shape.rows} x {found.shape.length}"] = {
             "useful tokens a position": found.epochs["qar"].useful,
             "sequences": found.sequences,
+            "tokens": found.tokens,
+            "learned tokens": found.learned,
             "replies left out": found.left_out,
         }
     trying = iter(made.values())

@@ -92,7 +92,8 @@ def wait(corpus: packing.Corpus, examples: Any, model: Any, steps: int) -> tuple
     """Seconds waited for each batch, and of the loop in all."""
     config, store = corpus.config, corpus.store
     setting = Setting(config, model, store.registry.rows, 1 + int(store.cluster.max()), store.classes)
-    feed = batches.stream(corpus.plan(examples), examples, 0, steps + 2, 1, config.qar.drop_row, config.qar.contrast)
+    plan, rule = corpus.plan(examples), (1, config.qar.drop_row, config.qar.contrast)
+    feed = batches.stream(lambda number: batches.plan_batch(plan, examples, number, *rule), 0, steps + 2)
     program = ours.Program(setting, next(feed))
     program.advance(next(feed))
     jax.block_until_ready(program.state)

@@ -28,7 +28,7 @@ from qaperso.errors import UserError, command
 from qaperso.mesh import put_batch, start_runtime
 from qaperso.run import CHECKPOINTS, Run, initialise, new_run, read_record
 from qaperso.step import TrainState
-from qaperso.train import make_feed
+from qaperso.train import batch_maker
 from qaperso.types import Batch
 
 Tree = Any
@@ -48,11 +48,11 @@ def replay(workdir: Path, path: Path, overrides: Sequence[str]) -> int:
     state, start = newest_before(workdir / CHECKPOINTS, number, state)
 
     # 2. The steps between, as training made them; then the saved batch.
-    feed, key = make_feed(run, run.examples(store, "train")[0], start), jax.random.key(config.seed)
+    make, key = batch_maker(run, run.examples(store, "train")[0]), jax.random.key(config.seed)
     with jax.set_mesh(run.mesh):
-        for _ in range(start + 1, number):
-            state, _ = advance(state, run.base, put_batch(next(feed), run.mesh, 1), key)
-        batch, differ = refilled(next(feed), leaves, path)
+        for earlier in range(start, number - 1):
+            state, _ = advance(state, run.base, put_batch(make(earlier), run.mesh, 1), key)
+        batch, differ = refilled(make(number - 1), leaves, path)
         place = jax.tree.map(lambda x: x.sharding, state.trainable)
         look = functools.partial(look_into, run, place=place)
         look = jax.jit(look, out_shardings=NamedSharding(run.mesh, PartitionSpec()))

@@ -279,8 +279,12 @@ def dead_parameters(largest: Tree) -> list[str]:
     return dead
 
 
-def check_alive(largest: Tree) -> None:
+def check_alive(largest: Tree, steps: int) -> None:
     """Stops a run that declares a trainable no gradient reaches.
+
+    Args:
+      largest: see `TrainState`.
+      steps: how many have been made.
 
     Raises:
       UserError: naming parameters and layers.
@@ -288,8 +292,8 @@ def check_alive(largest: Tree) -> None:
     if dead := dead_parameters(largest):
         raise UserError(
             f"no gradient reached {', '.join(dead[:6])}{' and more' if len(dead) > 6 else ''} in the first "
-            f"{DEAD_PARAMETER_STEPS} steps; a trainable that cannot learn is a mistake in method or data: "
-            "check that its loss term has anchors (more queriers or fewer clusters per batch), or do not declare it"
+            f"{steps} steps; a trainable that cannot learn is a mistake in method or data: mend its loss term (is its weight 0?), "
+            "or do not declare it"
         )
 
 

@@ -7,10 +7,11 @@ it is, with a checkpoint of step 0. Exit codes: 0 done, 2 bad input, 143 stopped
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.table import Table
 from qaperso import arrays, checkpoint, metrics, step, writers
 from qaperso import config as configs
 from qaperso.claim import claimed
-from qaperso.data import batches, paper
+from qaperso.data import batches, contrast, paper
 from qaperso.data.plan import Plan
 from qaperso.data.store import Store
 from qaperso.errors import STOPPED, UserError, command
@@ -34,6 +35,36 @@ from qaperso.stopping import StopSignal
 from qaperso.types import Batch, Example
 
 Tree = Any
+# Of how many steps one has to contrast somebody.
+LOOKED_AT = 1000
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """What a run is trained on.
+
+    Attributes:
+      examples: of the training split.
+      left_out: replies that are too long.
+      make: makes the batch of a step, counted from 0.
+      watched: the step after which a trainable without any gradient so far stops the run.
+    """
+
+    examples: Sequence[Example]
+    left_out: int
+    make: Callable[[int], Batch]
+    watched: int
+
+
+def task_of(run: Run, store: Store) -> Task:
+    """Reads the training split and looks whether its plan can be trained on.
+
+    Raises:
+      UserError: see `watch`.
+    """
+    examples, left_out = run.examples(store, "train")
+    make = batch_maker(run, examples)
+    return Task(examples, left_out, make, watch(run, make))
 
 
 def train(config: Any, workdir: Path) -> int:
@@ -41,7 +72,7 @@ def train(config: Any, workdir: Path) -> int:
     # Data, base, and the folder, in that order: bad input is found before anything is written.
     run, store = new_run(config, workdir)
     trains = bool(declare(run)[0])
-    examples, left_out = run.examples(store, "train") if trains else ([], 0)
+    task = task_of(run, store) if trains else None
     # What a language model answers is kept in the folder, so a method that asks one has dev encoded once that is claimed.
     asks = run.setting.notes is not None
     dev = [] if asks else run.examples(store, "dev", config.dev_dialogues)[0]
@@ -49,7 +80,7 @@ def train(config: Any, workdir: Path) -> int:
     with claimed(run):
         if asks:
             dev = ask(run, store)
-        return go_on(run, store, examples, left_out, dev) if trains else keep(run, dev)
+        return keep(run, dev) if task is None else go_on(run, store, task, dev)
 
 
 def ask(run: Run, store: Store) -> list[Example]:
@@ -59,13 +90,13 @@ def ask(run: Run, store: Store) -> list[Example]:
     return run.examples(store, "dev", run.config.dev_dialogues)[0]
 
 
-def go_on(run: Run, store: Store, examples: Sequence[Example], left_out: int, dev: Sequence[Example]) -> int:
+def go_on(run: Run, store: Store, task: Task, dev: Sequence[Example]) -> int:
     """Trains from the newest checkpoint, or from the start, to the last step. Returns the exit code.
 
     Args:
       run: whose folder is claimed.
       store: its data.
-      examples, left_out: of the training split.
+      task: what it trains on.
       dev: what is validated on.
     """
     # 1. The step, and its state: new, or the newest whole checkpoint's.
@@ -74,10 +105,10 @@ def go_on(run: Run, store: Store, examples: Sequence[Example], left_out: int, de
     state, advance = step.start(run.setting, run.method, optimizer, *initialise(run), run.mesh)
     writer = checkpoint.Writer(workdir / CHECKPOINTS, config.keep_latest, config.keep_best)
     state, start = writer.restore(state)
-    describe(run, state.trainable, store, examples, left_out, start)
+    describe(run, state.trainable, store, task, start)
 
     # 2. Batches of the plan, and who listens.
-    feed = make_feed(run, examples, start)
+    feed = batches.stream(task.make, start, config.steps)
     key = jax.random.key(config.seed)
     log = Log(run, state.trainable, start, schedule)
     stop = StopSignal(run.mesh)
@@ -91,8 +122,8 @@ def go_on(run: Run, store: Store, examples: Sequence[Example], left_out: int, de
             batch = next(feed)
             state, fresh = advance(state, run.base, put_batch(batch, run.mesh, 1), key)
             pending = log.step(pending, (number, fresh, batch))
-            if number == step.DEAD_PARAMETER_STEPS:
-                step.check_alive(jax.device_get(state.largest))
+            if number == task.watched:
+                step.check_alive(jax.device_get(state.largest), number)
             last = number == config.steps
             if last or number % config.checkpoint_every == 0:
                 pending = log.step(pending, None)
@@ -138,19 +169,45 @@ def keep(run: Run, dev: Sequence[Example]) -> int:
     return 0
 
 
-def make_feed(run: Run, examples: Sequence[Example], start: int) -> Iterator[Batch]:
-    """The run's batches from step `start` on."""
+def batch_maker(run: Run, examples: Sequence[Example]) -> Callable[[int], Batch]:
+    """What makes the batch of any of the run's steps, counted from 0."""
     config = run.config
-    accumulate = config.batch.accumulate
     plan = Plan(examples, run.shape, config.seed, config.batch.queriers, config.batch.per_querier)
-    contrast = config.qar.contrast if config.method == "qar" else "none"
     rows = "rows" in declare(run)[0].get("tower", {})
-    rule = (accumulate, config.qar.drop_row if rows else None, contrast)
+    rule = (config.batch.accumulate, config.qar.drop_row if rows else None, contrast_of(config))
 
-    def publish(batch: Batch) -> Batch:
+    def make(number: int) -> Batch:
+        batch = batches.plan_batch(plan, examples, number, *rule)
         return paper.as_published(batch, run.setting.model.eos_ids[0]) if config.compat == "paper" else batch
 
-    return map(publish, batches.stream(plan, examples, start, config.steps, *rule))
+    return make
+
+
+def contrast_of(config: Any) -> str:
+    """The kind of contrast of a run; "none" for methods without."""
+    return config.qar.contrast if config.method == "qar" else "none"
+
+
+def watch(run: Run, make: Callable[[int], Batch]) -> int:
+    """After which step every trainable must have had a gradient: that in which somebody is first contrasted, but the 20th at least.
+
+    Raises:
+      UserError: nobody is contrasted in the plan's first steps.
+    """
+    config = run.config
+    kind = contrast_of(config)
+    if kind == "none":
+        return step.DEAD_PARAMETER_STEPS
+    compared = (make(number).contrast for number in range(LOOKED_AT))
+    both = ((c.label.reshape(-1), c.text.reshape(-1)) for c in compared)
+    first = contrast.first_anchored(both, run.setting.classes, kind == "prototypes")
+    if first is None:
+        raise UserError(
+            f"nobody would be contrasted in the first {LOOKED_AT} steps: that needs dialogues of two queriers with one responder "
+            f"and cluster that meet without their rows (config.qar.drop_row={config.qar.drop_row}); raise drop_row, batch.rows "
+            "or batch.queriers, prepare with fewer --clusters, or train with config.qar.contrast='none'"
+        )
+    return max(step.DEAD_PARAMETER_STEPS, first + 1)
 
 
 def validate(run: Run, trainable: Tree, dev: Sequence[Example]) -> dict[str, float]:
@@ -229,7 +286,7 @@ class Log:
             self._writer.close()
 
 
-def describe(run: Run, trainable: Tree, store: Store, examples: Sequence[Example], left_out: int, start: int) -> None:
+def describe(run: Run, trainable: Tree, store: Store, task: Task, start: int) -> None:
     """Overview of parameters and data, before the first step."""
     # On every host: a mean over shards is a computation of all of them.
     spread = arrays.flat(jax.jit(lambda tree: jax.tree.map(lambda x: jnp.abs(x).mean(), tree))(trainable))
@@ -247,12 +304,12 @@ def describe(run: Run, trainable: Tree, store: Store, examples: Sequence[Example
     frozen = sum(x.size for x in quantized.leaves(run.base))
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 110)
     console.print(table)
-    tokens, cut = sum(map(len, examples)), sum(e.cut for e in examples)
+    tokens, cut = sum(map(len, task.examples)), sum(e.cut for e in task.examples)
     names = run.registry
     print(
-        f"{total:,} trainable and {frozen:,} frozen values; {len(examples)} training sequences of {len(names.queriers)} "
+        f"{total:,} trainable and {frozen:,} frozen values; {len(task.examples)} training sequences of {len(names.queriers)} "
         f"queriers and {len(names.responders)} responders, {tokens:,} tokens; {cut:,} tokens of old turns cut, "
-        f"{left_out} replies left out as too long; mesh {dict(run.mesh.shape)}",
+        f"{task.left_out} replies left out as too long; mesh {dict(run.mesh.shape)}",
         file=sys.stderr,
     )
     if run.reader:

@@ -281,7 +281,8 @@ def test_without_a_drop_rate_nobody_is_a_stranger():
 
 def test_resumed_stream_is_the_tail_of_the_stream():
     def run(start: int, stop: int) -> list[Batch]:
-        return list(stream(Plan(TRAIN, SHAPE, 7, 2), TRAIN, start, stop, 2, 0.3, "in_batch"))
+        plan = Plan(TRAIN, SHAPE, 7, 2)
+        return list(stream(lambda number: plan_batch(plan, TRAIN, number, 2, 0.3, "in_batch"), start, stop))
 
     steps = len(TRAIN) // (2 * SHAPE.rows)
     full = run(0, steps)

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaperso.data.contrast import class_keys, contrast_masks, dialogue_keys
+from qaperso.data.contrast import class_keys, contrast_masks, dialogue_keys, first_anchored
 
 FIELDS = ("querier", "responder", "cluster", "text", "index")
 
@@ -152,3 +152,25 @@ def test_prototypes_as_columns(batch, classes):
     own = np.stack([batch["responder"], batch["querier"], batch["cluster"]], 1)[:, None] == np.array(classes)
     np.testing.assert_array_equal(positives, own.all(-1))
     np.testing.assert_array_equal(candidates, own[:, :, [0, 2]].all(-1) & (batch["querier"] >= 0)[:, None])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_first_batch_with_an_anchor(data):
+    """Within a batch anybody else of the cluster will do: a dialogue's other view is its positive. A prototype has to be there first."""
+    classes = data.draw(st.lists(st.tuples(*[st.integers(0, 2)] * 3), min_size=1, max_size=5, unique=True))
+    batch = st.lists(st.integers(-1, len(classes) - 1), min_size=1, max_size=4)
+    labels = data.draw(st.lists(batch, max_size=4))
+    given_classes = {n: np.array(v, np.int32) for n, v in zip(FIELDS, zip(*classes, strict=True), strict=False)}
+    given_batches = [(np.array(b, np.int32), np.arange(len(b), dtype=np.int32)) for b in labels]
+
+    def anchored(label: int, others: set[int]) -> bool:
+        querier, *near = classes[label]
+        return any(classes[o][0] != querier and list(classes[o][1:]) == near for o in others)
+
+    within = [any(anchored(x, set(b) - {-1}) for x in set(b) - {-1}) for b in labels]
+    held = [{x for b in labels[:i] for x in b} - {-1} for i in range(len(labels))]
+    earlier = [any(x in h and anchored(x, h) for x in set(b) - {-1}) for b, h in zip(labels, held, strict=True)]
+    for prototypes, expected in ((False, within), (True, earlier)):
+        found = first_anchored(given_batches, given_classes, prototypes)
+        assert found == (expected.index(True) if True in expected else None)

@@ -35,7 +35,8 @@ def main(folder: Path, start: int) -> None:
 
     start_runtime()
     mesh, me = make_mesh(DEVICES, 1, 1), jax.process_index()
-    for step, batch in enumerate(stream(plan(), examples(0, 40), start, STEPS, *RULE), start):
+    planned, known = plan(), examples(0, 40)
+    for step, batch in enumerate(stream(lambda n: plan_batch(planned, known, n, *RULE), start, STEPS), start):
         for name, x in arrays.flat(put_batch(batch, mesh, 1)).items():
             for k, shard in enumerate(x.addressable_shards):
                 rows = [s.indices(n)[0] for s, n in zip(shard.index, x.shape, strict=True)]

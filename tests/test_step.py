@@ -267,7 +267,7 @@ def test_a_healthy_run_has_no_dead_parameters_and_compiles_once(name: str) -> No
         if t == 0:
             # LoRA's a faces a b of zero: rightly without gradient so far, and not yet to be judged.
             assert "lora/q/a (every layer)" in step.dead_parameters(state.largest)
-    step.check_alive(state.largest)
+    step.check_alive(state.largest, step.DEAD_PARAMETER_STEPS)
     assert advance._cache_size() == 1
     assert step.params_hash(base) == base_hash and step.params_hash(state.trainable) != before
     assert state.step == step.DEAD_PARAMETER_STEPS
@@ -285,7 +285,7 @@ def test_dead_heads_are_named() -> None:
     with pytest.raises(
         UserError, match="no gradient reached heads/bias, heads/kernel, heads/norm_p in the first 20 steps"
     ):
-        step.check_alive(state.largest)
+        step.check_alive(state.largest, 20)
 
 
 def test_a_dead_layer_is_named() -> None:
@@ -302,7 +302,7 @@ def test_a_dead_layer_is_named() -> None:
 
 def test_many_dead_parameters_are_shortened() -> None:
     with pytest.raises(UserError, match="a, b, c, d, e, f and more in the first"):
-        step.check_alive({n: jnp.zeros(()) for n in "abcdefgh"} | {"z": jnp.ones(())})
+        step.check_alive({n: jnp.zeros(()) for n in "abcdefgh"} | {"z": jnp.ones(())}, 20)
 
 
 def test_weight_decay_spares_norms_biases_and_alpha() -> None:

@@ -7,12 +7,14 @@ import math
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_trees_equal
-from tiny import PROTOTYPES, SFT, SFT_ALL, TINY, arguments, call, contents, finished, one_device, record, trained  # noqa: F401
+from tiny import PROTOTYPES, QAR, SFT, SFT_ALL, TINY, arguments, call, contents, finished, one_device, record, trained  # noqa: F401
 
 from qaperso import batching, chat, checkpoint, evaluate, metrics, run, step, train
+from qaperso import config as configs
 
 pytestmark = pytest.mark.usefixtures("one_device")
 
@@ -63,12 +65,35 @@ def test_numbers_that_are_not_finite_stop_the_run(tmp_path):
 
 
 def test_a_parameter_that_never_learns_stops_the_run(tmp_path, monkeypatch):
-    """Only dialogues without their row are contrasted, and here are none, so the heads get no gradient."""
+    """A contrast that weighs nothing gives the heads no gradient."""
     monkeypatch.setattr(step, "DEAD_PARAMETER_STEPS", 4)
-    code, out, err = call(train.main, *arguments(TINY, tmp_path / "run", *PROTOTYPES, "qar.drop_row=0.0"))
+    code, out, err = call(train.main, *arguments(TINY, tmp_path / "run", *PROTOTYPES, "qar.weight=0.0"))
     assert (code, out) == (2, "")
     last = err.splitlines()[-1]
     assert last.startswith("error: no gradient reached heads/bias, heads/kernel, heads/norm_p in the first 4 steps")
+
+
+@pytest.mark.parametrize("method", [PROTOTYPES, QAR])
+def test_a_plan_that_contrasts_nobody_stops_before_anything_is_written(tmp_path, method):
+    """Only dialogues without their row are contrasted, and here are none."""
+    code, out, err = call(train.main, *arguments(TINY, tmp_path / "run", *method, "qar.drop_row=0.0"))
+    assert (code, out) == (2, "") and not (tmp_path / "run").exists()
+    last = err.splitlines()[-1]
+    assert last.startswith("error: nobody would be contrasted in the first 1000 steps: ")
+    assert "config.qar.drop_row=0.0" in last
+
+
+@pytest.mark.usefixtures("one_device")
+def test_heads_are_looked_at_once_somebody_has_been_contrasted(tmp_path, monkeypatch):
+    """Where that is late, a run whose heads have had no gradient so far goes on."""
+    monkeypatch.setattr(step, "DEAD_PARAMETER_STEPS", 1)
+    words = (*QAR, "qar.drop_row=0.1", "batch.rows=2", "batch.queriers=0", "seed=0")
+    opened, store = run.new_run(configs.load(TINY, words), tmp_path / "run")
+    task = train.task_of(opened, store)
+    watched = task.watched
+    batches = [jax.tree.map(lambda x: jnp.asarray(x[0]), task.make(number)) for number in range(watched)]
+    anchors = [float(opened.method.counts(opened.setting, b, {})["contrast"]) for b in batches]
+    assert watched > 1 and not any(anchors[:-1]) and anchors[-1]
 
 
 def test_logging_and_peak(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,21 +138,9 @@ def plan_batch(
     return jax.tree.map(lambda *x: np.stack(x), *micro)
 
 
-def stream(
-    plan: Plan,
-    examples: Sequence[Example],
-    start: int,
-    stop: int,
-    accumulate: int,
-    drop_rate: float | None,
-    contrast: str,
-) -> Iterator[Batch]:
-    """Batches start .. stop - 1, made ahead by a Grain thread."""
-
-    def make(step: int) -> Batch:
-        return plan_batch(plan, examples, int(step), accumulate, drop_rate, contrast)
-
-    dataset = grain.MapDataset.range(start, stop).map(make)
+def stream(make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+    """Batches start .. stop - 1, each as `make` makes it of its number, ahead by a Grain thread."""
+    dataset = grain.MapDataset.range(start, stop).map(lambda number: make(int(number)))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 

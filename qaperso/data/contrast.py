@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -57,3 +57,25 @@ def contrast_masks(rows: Keys, columns: Keys) -> tuple[Bool[Any, "N K"], Bool[An
     itself = (a["index"] == b["index"]) & (a["index"] >= 0)
     positives = same & ((a["text"] != b["text"]) | itself)
     return positives, positives | (near & ~same)
+
+
+def first_anchored(
+    batches: Iterable[tuple[Int[np.ndarray, " _"], Int[np.ndarray, " _"]]],
+    classes: Mapping[str, Int[np.ndarray, " C"]],
+    prototypes: bool,
+) -> int | None:
+    """The number of the first batch in which a dialogue has a positive and a negative; None where there is no such batch.
+
+    Args:
+      batches: label and text of each batch's dialogues, see `dialogue_keys`.
+      classes: {querier, responder, cluster} of each class.
+      prototypes: compared with those of the classes that earlier batches had, instead of with one another.
+    """
+    held = np.zeros(len(classes["querier"]), bool)
+    for number, (label, text) in enumerate(batches):
+        rows = dialogue_keys(label, text, classes)
+        positives, candidates = contrast_masks(rows, class_keys(classes, held) if prototypes else rows)
+        if (positives.any(1) & (candidates & ~positives).any(1)).any():
+            return number
+        held[label[label >= 0]] = True
+    return None
