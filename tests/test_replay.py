@@ -33,8 +33,8 @@ def train_spoiled(folder: Path, *overrides: str) -> tuple[int, str, str]:
     """Trains on what an ill machine would feed; checkpoints at 3, 6 and 8."""
     made = batches.stream
 
-    def stream(plan, examples, start, *rest):
-        return map(spoiled, made(plan, examples, start, *rest), range(start + 1, 99))
+    def stream(make, start, stop):
+        return map(spoiled, made(make, start, stop), range(start + 1, stop + 1))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "stream", stream)
