@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType
 
 from qaperso import mesh as meshes
+from qaperso.models import attention as attending
 from qaperso.models import flash, splash
 from qaperso.models.attention import BLOCK, Segments, attention, segments
 
@@ -69,6 +70,22 @@ def check(function: Callable, s: int, causal: bool = True, tolerance: float = 1e
 @pytest.mark.parametrize("s", [8, BLOCK, BLOCK + 1, 3 * BLOCK - 40])
 def test_blocks_are_the_whole_with_its_gradients(s: int, causal: bool) -> None:
     check(functools.partial(attention, causal=causal), s, causal)
+
+
+@pytest.mark.parametrize("cached, together", [(1, 1), (3 * 136 * 128, 1), (3 * 136 * 128 * 5, 4), (1 << 40, 8)])
+def test_heads_are_the_same_however_many_are_computed_at_a_time(
+    cached: int, together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attending, "CACHED", cached)
+    assert attending._together(W * B * KV, H // KV * BLOCK * 136) == together
+    check(attention, 136)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 1, 2), (2, 1, 2), (4, 1, 1)])
+def test_blocks_under_a_mesh_are_the_whole(shape: tuple[int, int, int]) -> None:
+    devices = jax.devices()[: int(np.prod(shape))]
+    with jax.set_mesh(jax.make_mesh(shape, meshes.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)):
+        check(attention, 40)
 
 
 def interpreted(q: jax.Array, k: jax.Array, v: jax.Array, seen: Segments) -> jax.Array:

@@ -89,5 +89,6 @@ def _embed(
         for first in range(0, len(members), size):
             part = members[first : first + size]
             inputs = put(padded([ids[i] for i in part], size, length), rows)
-            result[part] = np.asarray(run(params, *inputs))[: len(part)]
+            with jax.set_mesh(mesh):
+                result[part] = np.asarray(run(params, *inputs))[: len(part)]
     return result

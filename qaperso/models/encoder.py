@@ -6,6 +6,7 @@ Gurevych do (arXiv 1908.10084). All in float32, with exact float32 matmuls on ev
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -128,7 +129,9 @@ class Encoder:
                 for first in range(0, len(members), size):
                     part = members[first : first + size]
                     inputs = padded([ids[i] for i in part], size, length)
-                    pending.append((part, run(params, *(inputs if rows is None else put(inputs, rows)))))
+                    # Attention gives each device of the mesh in force its own rows.
+                    with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+                        pending.append((part, run(params, *(inputs if rows is None else put(inputs, rows)))))
             for part, vectors in pending:
                 result[start + np.array(part)] = np.asarray(vectors)[: len(part)]
         return result
