@@ -29,6 +29,7 @@ def get_suite():
         against={
             **{name: ("zero-shot",) for name in PROMPTED if name != "zero-shot"},
             "LoRA": ("zero-shot",),
+            "LoRA, querier hidden": ("LoRA",),
             "PPlug": ("zero-shot",),
             "LoRA and querier rows": ("LoRA",),
             "QAR": ("LoRA", "LoRA and querier rows", "zero-shot"),
