@@ -19,7 +19,8 @@ def collect(workdir: Path) -> dict:
     scores = json.loads((workdir / "eval.json").read_text(encoding="utf-8"))
     curves = {name: [[v["step"], round(v[name], 4)] for v in lines if name in v] for name in CURVE}
     # A run is named after its config; paths of a machine stay out.
-    data = " --config.data.path=data/shakespeare" if record["config"]["data"]["path"] else ""
+    path = record["config"]["data"]["path"]
+    data = f" --config.data.path=data/{Path(path).name}" if path else ""
     return {
         "command": f"python -m qaperso.train --config configs/{workdir.name}.py --workdir runs/{workdir.name}{data}",
         "seed": record["config"]["seed"],
